@@ -1,0 +1,233 @@
+"""LLaMA decoder with pruning written into its layer loop (source: `LlamaForCausalLM`; names are its checkpoint's).
+
+Differs from a textbook LLaMA:
+- positions are explicit, so that tokens can leave while the others keep their place (RoPE is never 0..n-1 by habit);
+- each layer has its own key/value cache, whose length depends on what was pruned before it;
+- a ranked layer (the one before a stage) drops tokens as soon as their scores are known: they skip the rest of it;
+- the last layer is computed only for the rows whose logits are asked for.
+
+Shapes: B prompts, n tokens, d hidden size, h query heads, g key/value heads, c head size, N image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import TextConfig
+from .errors import HimapError
+from .pruning import LayerTrace, LayerView, Stage, StageTrace, Trace, keep_highest, rows_of, stages_by_layer
+
+# ---------------------------------------------------------------- rotary positions
+# The checkpoint pairs channel j with channel j + c/2 ("half-split"), not with its neighbour:
+#     channel   0    1    2    3  |  4    5    6    7        (c = 8)
+#     angle     a0   a1   a2   a3 |  a0   a1   a2   a3       a_j = position * theta^(-2j/c)
+#     rotated (x0, x4) by a0, (x1, x5) by a1, ...
+
+
+def rope(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles at (B, n) positions, each (B, 1, n, c); computed in fp32."""
+    c = config.head_dim
+    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, c, 2, device=positions.device).float() / c)  # (c/2,)
+    angles = positions[:, None, :, None].float() * inv_freq  # elementwise: no matrix product
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies RoPE to (B, heads, n, c)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+# ---------------------------------------------------------------- one layer
+
+
+def causal_mask(q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """(B, r), (B, n) -> (B, 1, r, n), True where row i may see key j: it stands at or before i in the full sequence."""
+    return (q_positions[:, :, None] >= k_positions[:, None, :])[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        d, c, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = c
+        self.q_proj = nn.Linear(d, config.num_attention_heads * c, bias=bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * c, bias=bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * c, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * c, d, bias=bias)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, n, h * c) -> (B, h, n, c)
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, n, d) -> (B, h, n, c), rotated."""
+        return rotate(self.heads(self.q_proj(x)), cos, sin)
+
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, n, d) -> keys (rotated) and values, each (B, g, n, c)."""
+        return rotate(self.heads(self.k_proj(x)), cos, sin), self.heads(self.v_proj(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """(B, h, r, c) over (B, g, n, c) -> (B, r, d)."""
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        d, m, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(d, m, bias=bias)
+        self.up_proj = nn.Linear(d, m, bias=bias)
+        self.down_proj = nn.Linear(m, d, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Holds the parts; the decoder's loop calls them, because tokens may leave between them."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, g, length, c) each."""
+
+    def __init__(self):
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds tokens behind the cached ones and returns all."""
+        if self.k is not None:
+            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.k, self.v = k, v
+        return k, v
+
+
+@dataclass
+class DecoderOutput:
+    logits: Tensor  # (B, vocab) of the last row
+    hidden: Tensor  # (B, rows, d) after the final norm; rows = 1, or all that are left with all_rows=True
+    trace: Trace
+    cache: list[LayerCache]  # one per layer; lengths differ once a stage has pruned
+
+
+# ---------------------------------------------------------------- the decoder
+
+
+class LlamaDecoder(nn.Module):
+    """State-dict names: the checkpoint's, without "model." (`layers.0.self_attn.q_proj.weight`, `lm_head.weight`).
+
+    With tied embeddings there is no `lm_head`.
+    """
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) after the final norm -> (..., vocab)."""
+        return F.linear(hidden, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        image_span: tuple[int, int] | None = None,
+        stages: Sequence[Stage] = (),
+        all_rows: bool = False,
+    ) -> DecoderOutput:
+        """The prefill: a whole prompt, pruned on its way up.
+
+        inputs_embeds: (B, n, d), image tokens in place. image_span: [start, stop) of the image tokens, same for all
+        items. all_rows: compute the last layer for every row that is left, not only for the last one.
+        Raises HimapError for stages that do not fit the decoder, the image or the text.
+        """
+        stage_at = stages_by_layer(stages, len(self.layers))
+        x, (B, n, _) = inputs_embeds, inputs_embeds.shape
+        image = _image_slice(image_span, n, stages)
+        positions = torch.arange(n, device=x.device).expand(B, n)
+        candidates = torch.arange(image.stop - image.start, device=x.device).expand(B, -1)
+        cos_sin = rope(positions, self.config, x.dtype)
+        cache, trace = [LayerCache() for _ in self.layers], Trace()
+
+        for i, layer in enumerate(self.layers):
+            h = layer.input_layernorm(x)
+            k, v = cache[i].append(*layer.self_attn.keys_values(h, *cos_sin))  # every token that entered: (B, g, n, c)
+            k_positions, score_rows = positions, 0
+            if i == len(self.layers) - 1 and not all_rows:  # only the last row's logits are asked for
+                x, h, positions = x[:, -1:], h[:, -1:], positions[:, -1:]
+                cos_sin = rope(positions, self.config, x.dtype)
+            q = layer.self_attn.queries(h, *cos_sin)
+            q_rows = q.shape[2]
+
+            if stage := stage_at.get(i + 1):  # HiMAP: stage 1 on entry to layer K1, stage 2 on entry to K2
+                view = LayerView(q, k, positions, x, image)
+                scores = stage.score(view)  # (B, N): phi of each image token, from this layer's attention
+                local = keep_highest(scores, stage.count(candidates.shape[1]))  # (B, N') places among the candidates
+                kept = candidates.gather(1, local)  # the same as indices of the whole picture
+                trace.stages.append(StageTrace(stage.layer, stage.name, candidates, scores, kept))
+                rows = rows_of(local, image, x.shape[1])  # (B, n'): system, kept image tokens, text
+                x, q = x.take_along_dim(rows[..., None], 1), q.take_along_dim(rows[:, None, :, None], 2)
+                positions = positions.gather(1, rows)  # the dropped tokens end here; their k and v stay in this cache
+                cos_sin = rope(positions, self.config, x.dtype)
+                candidates, image, score_rows = kept, slice(image.start, image.start + kept.shape[1]), view.score_rows
+
+            square, single = q.shape[2] == k.shape[2], q.shape[2] == 1
+            mask = None if square or single else causal_mask(positions, k_positions)
+            x = x + layer.self_attn.attend(q, k, v, mask, is_causal=square and not single)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            trace.layers.append(LayerTrace(k.shape[2], q_rows, score_rows, q.shape[2], k.shape[2]))
+
+        trace.check_scores()
+        hidden = self.norm(x)
+        return DecoderOutput(self.logits(hidden[:, -1]), hidden, trace, cache)
+
+    def decode(self, inputs_embeds: Tensor, position: int, cache: list[LayerCache]) -> tuple[Tensor, list[LayerTrace]]:
+        """One step of generation: (B, 1, d) at `position` of the unpruned sequence -> (B, vocab) logits.
+
+        Position, cache length and tokens seen are three numbers, equal only without pruning. Extends `cache`.
+        """
+        x, trace = inputs_embeds, []
+        cos_sin = rope(torch.full((1, 1), position, device=x.device), self.config, x.dtype)
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            h = layer.input_layernorm(x)
+            k, v = layer_cache.append(*layer.self_attn.keys_values(h, *cos_sin))
+            q = layer.self_attn.queries(h, *cos_sin)
+            x = x + layer.self_attn.attend(q, k, v, mask=None, is_causal=False)  # one row sees every key
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            trace.append(LayerTrace(kv=1, q=1, score_rows=0, rows=1, keys=k.shape[2]))
+        return self.logits(self.norm(x)[:, -1]), trace
+
+
+def _image_slice(image_span: tuple[int, int] | None, n: int, stages: Sequence[Stage]) -> slice:
+    if image_span is None:
+        if stages:
+            raise HimapError("stages prune image tokens, but the prompt has no image: pass image_span, or no stages")
+        return slice(n, n)
+    start, stop = image_span
+    if not 0 <= start < stop <= n:
+        raise HimapError(f"image_span ({start}, {stop}) does not lie within the {n} tokens of the prompt")
+    if stages and stop == n:
+        raise HimapError("no text follows the image: stages need text rows after it to rank by")
+    return slice(start, stop)

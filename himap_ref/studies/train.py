@@ -1,0 +1,386 @@
+"""Trains the small LLaVA in `weights/` on drawn scenes, from random weights, on a CPU.
+
+    python -m himap_ref.studies.train --out weights/himap-shapes
+
+Two phases, as for LLaVA itself, both at full depth and with nothing frozen but the word vectors in the first:
+
+1. *align*: encoder and projector learn to put each patch of a thing near the decoder's own vectors of the words for its
+   colour, shape, row and column;
+2. *answer*: everything learns to answer questions; scenes of few things first.
+
+One sequence holds a picture and several questions about it. A question sees the picture and itself, not the others, and
+its positions start right after the picture: each is trained exactly as it will be asked, and the picture is paid once.
+
+Seeded; stops and resumes at any step (the state is in `--state`); same code as inference for every module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import LlavaConfig, TextConfig, VisionConfig
+from ..decoder import rope
+from ..model import Llava
+from . import scenes
+from .scenes import CHOICE_HINT, COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, draw, make_questions, make_scene
+
+GRID = SIZE // PATCH
+SYSTEM = "Answer questions about the drawn picture. USER: "
+TEXT_BUDGET = 112  # tokens of questions and answers per picture
+MEAN, STD = 0.5, 0.5
+
+
+# ---------------------------------------------------------------- tokenizer and shape of the model
+
+
+def build_tokenizer(vocab_size: int = 512):
+    """Byte-level BPE over the questions' own words: any text has ids, common words have one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(4000), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
+def _corpus(pictures: int):
+    for seed in range(pictures):
+        for question in make_questions(make_scene(seed), 8):
+            yield prompt(question.text) + " " + question.answer
+
+
+def prompt(question: str) -> str:
+    """The text around and after the picture; what stands before `<image>` is `SYSTEM`."""
+    return f"{SYSTEM}\n{question} ASSISTANT:"
+
+
+def shapes_config(vocab_size: int, image_token: int) -> LlavaConfig:
+    """12 decoder layers, so that K1 = 2 and K2 = 8 lie where the paper puts them: early and past the middle."""
+    vision = VisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        image_size=SIZE, patch_size=PATCH, hidden_act="quick_gelu",
+    )  # fmt: skip
+    text = TextConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4,
+        max_position_embeddings=512, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    return LlavaConfig(vision, text, image_token_index=image_token, vision_feature_layer=-1)
+
+
+def init_weights(model: Llava, seed: int) -> None:
+    """Scaled-normal matrices; the two matrices that write into the residual stream start small."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = model.config.text_config.num_hidden_layers
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            nn.init.constant_(p, float("norm" in name and name.endswith("weight")))
+        elif "embed" in name and "patch" not in name:
+            nn.init.normal_(p, std=0.3, generator=generator)
+        else:
+            std = p[0].numel() ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * depth)
+            nn.init.normal_(p, std=std, generator=generator)
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What scene and questions belong to sample `index` of a phase: a function of the index alone, hence resumable."""
+
+    seed: int
+    max_things: tuple[tuple[int, int], ...]  # (from step, most things in a scene)
+    batch: int
+
+    def things(self, index: int) -> int:
+        return [most for step, most in self.max_things if index // self.batch >= step][-1]
+
+
+class Scenes(Dataset):
+    """Sample -> pixels, ids of the packed questions, and for each id its segment, place, target and kind."""
+
+    def __init__(self, plan: Plan, tokenizer, length: int):
+        self.plan, self.tokenizer, self.length = plan, tokenizer, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scene = make_scene(self.plan.seed + index, self.plan.things(index))
+        pixels = torch.frombuffer(bytearray(draw(scene).tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3)
+        return {"pixels": pixels, "words": patch_words(scene), **self.pack(scene)}
+
+    def pack(self, scene) -> dict[str, Tensor]:
+        """As many questions as fit the budget, one after the other; segment 0 is padding, a question 1, 2, ..."""
+        columns = {name: [] for name in ("ids", "segment", "place", "target", "kind")}
+        questions = make_questions(scene, 14, seed=scene.seed)
+        for number, question in enumerate(questions, 1):
+            asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
+            answer = self.tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids
+            ids = asked + answer  # </s> is a target only: nothing follows it
+            if len(columns["ids"]) + len(ids) > TEXT_BUDGET:
+                continue
+            eos = self.tokenizer.token_to_id("</s>")
+            columns["ids"] += ids
+            columns["segment"] += [number] * len(ids)
+            columns["place"] += range(len(ids))
+            columns["target"] += [-100] * (len(asked) - 1) + answer + [eos]
+            columns["kind"] += [-1] * (len(asked) - 1) + [KINDS.index(question.kind)] * (len(answer) + 1)
+        padding = TEXT_BUDGET - len(columns["ids"])
+        fill = {"ids": 0, "segment": 0, "place": 0, "target": -100, "kind": -1}
+        return {name: torch.tensor(values + [fill[name]] * padding) for name, values in columns.items()}
+
+
+WORDS = (tuple(COLORS), SHAPES, ROWS, COLUMNS)
+
+
+def patch_words(scene) -> Tensor:
+    """(GRID * GRID, 4): which colour, shape, row and column word each patch shows; -100 where less than a quarter of it
+    lies within a thing's box."""
+    words = torch.full((GRID, GRID, 4), -100)
+    for thing in scene.things:
+        x0, y0, x1, y1 = thing.box
+        values = torch.tensor([group.index(word) for group, word in zip(WORDS, (thing.color, thing.shape, thing.row, thing.column))])
+        for row in range(GRID):
+            for column in range(GRID):
+                wide = min(x1, (column + 1) * PATCH) - max(x0, column * PATCH)
+                high = min(y1, (row + 1) * PATCH) - max(y0, row * PATCH)
+                if wide > 0 and high > 0 and wide * high >= PATCH * PATCH / 4:
+                    words[row, column] = values
+    return words.flatten(0, 1)
+
+
+def to_pixel_values(pixels: Tensor) -> Tensor:
+    """(B, S, S, 3) bytes -> (B, 3, S, S), as `preprocessor_config.json` says."""
+    return ((pixels.float() / 255 - MEAN) / STD).permute(0, 3, 1, 2).contiguous()
+
+
+# ---------------------------------------------------------------- the two losses
+
+
+def align_loss(model: Llava, batch: dict, word_vectors: list[Tensor]) -> tuple[Tensor, dict]:
+    """Each patch picks its words by cosine, one cross-entropy for each of the four groups."""
+    embeds = F.normalize(model.embed_image(to_pixel_values(batch["pixels"])), dim=-1)  # (B, N, d)
+    losses, hits = [], {}
+    for i, (name, vectors) in enumerate(zip(("color", "shape", "row", "column"), word_vectors, strict=True)):
+        target = batch["words"][..., i].flatten()
+        logits = (embeds @ F.normalize(vectors, dim=-1).T * 20).flatten(0, 1)
+        losses.append(F.cross_entropy(logits, target, ignore_index=-100))
+        seen = target >= 0
+        hits[name] = (logits.argmax(-1) == target)[seen].float().mean().item()
+    return sum(losses), hits
+
+
+def layer_forward(layer, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+    """One decoder layer with softmax written out: on a CPU its backward is faster than the fused kernel's."""
+    h = layer.input_layernorm(x)
+    q = layer.self_attn.queries(h, cos, sin)
+    k, v = layer.self_attn.keys_values(h, cos, sin)
+    a = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(dim=-1)
+    x = x + layer.self_attn.o_proj((a @ v).transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def answer_loss(model: Llava, batch: dict, prefix: Tensor, step_layer=layer_forward) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the answers' tokens. Returns loss, hit per target and kind per target."""
+    decoder, B = model.language_model, len(batch["ids"])
+    image = model.embed_image(to_pixel_values(batch["pixels"]))
+    before = decoder.embed_tokens(prefix).expand(B, -1, -1)
+    x = torch.cat((before, image, decoder.embed_tokens(batch["ids"])), dim=1)  # (B, T, d)
+    start = before.shape[1] + image.shape[1]
+    positions = torch.cat((torch.arange(start).expand(B, -1), start + batch["place"]), dim=1)
+    segment = F.pad(batch["segment"], (start, 0), value=-1)  # -1: system and image, seen by all
+    order = torch.arange(x.shape[1])
+    visible = (segment[:, None, :] == -1) | (segment[:, None, :] == segment[:, :, None])
+    visible &= order[:, None] >= order
+    bias = torch.zeros(visible.shape).masked_fill_(~visible, -1e9)[:, None]
+    cos, sin = rope(positions, decoder.config, x.dtype)
+    for layer in decoder.layers:
+        x = step_layer(layer, x, cos, sin, bias)
+    where = batch["target"] >= 0
+    logits = decoder.logits(decoder.norm(x[:, start:][where]))
+    target = batch["target"][where]
+    return F.cross_entropy(logits, target), logits.argmax(-1) == target, batch["kind"][where]
+
+
+# ---------------------------------------------------------------- optimiser
+
+
+def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the closest orthogonal matrix to each of (k, rows, columns), by Newton-Schulz (Muon, K. Jordan 2024)."""
+    x = update / (update.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix updates are orthogonalised. torch's own rounds to bf16, slow on CPUs without bf16 units;
+    this one stays in fp32 and takes all matrices of one shape at once."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        params = sorted(params, key=lambda p: tuple(p.shape))
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape: dict[tuple, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(tuple(p.shape), []).append(p)
+            for (rows, columns), params in by_shape.items():
+                updates = []
+                for p in params:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(m, group["momentum"]))
+                scale = 0.2 * max(rows, columns) ** 0.5  # the size of an Adam step
+                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+
+def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside, AdamW for vectors, word vectors and the output."""
+    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    ids = {id(p) for p in inside}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [Muon(inside, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the full rate: warm up, stay, then fall to zero over the last quarter."""
+    return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (0.25 * steps)))
+
+
+# ---------------------------------------------------------------- running it
+
+
+@dataclass
+class Phase:
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    plan: Plan
+
+
+def save_state(path: Path, phase: str, step: int, model: nn.Module, opts) -> None:
+    """Written beside and renamed, so that a kill leaves the old state or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"phase": phase, "step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}
+    torch.save(state, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+@torch.no_grad()
+def evaluate(model: Llava, loader: DataLoader, prefix: Tensor, step_layer) -> dict[str, float]:
+    """Share of questions of each kind whose every answer token would be chosen greedily."""
+    hits, total = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
+    for batch in loader:
+        _, hit, kind = answer_loss(model, batch, prefix, step_layer)
+        hits.index_add_(0, kind, hit.float())
+        total.index_add_(0, kind, torch.ones_like(hit, dtype=torch.float))
+    return {name: round((hits[i] / total[i]).item(), 4) for i, name in enumerate(KINDS)}
+
+
+def train(args) -> None:
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    model = Llava(shapes_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")))
+    init_weights(model, args.seed)
+    prefix = torch.tensor(tokenizer.encode(SYSTEM).ids)
+    step_layer = torch.compile(layer_forward) if args.compile else layer_forward
+    if args.compile:
+        for layer in model.vision_tower.layers:
+            layer.compile()
+    vocab = model.language_model.embed_tokens.weight
+    vectors = [vocab.detach()[[tokenizer.encode(" " + w, add_special_tokens=False).ids[0] for w in g]].clone() for g in WORDS]
+    phases = [
+        Phase("align", args.align_steps, 32, 2e-3, Plan(0, ((0, 5),), 32)),
+        Phase("answer", args.steps, 32, args.lr, Plan(100_000_000, ((0, 2), (400, 3), (1000, 5)), 32)),
+    ]
+    state = torch.load(args.state, weights_only=True) if args.state.exists() else None
+    check = DataLoader(Scenes(Plan(UNSEEN, ((0, 5),), 32), tokenizer, 256), batch_size=32)
+    log = open(args.state.with_suffix(".jsonl"), "a") if args.state.parent.mkdir(parents=True, exist_ok=True) is None else None
+    for phase in phases:
+        if state and state["phase"] != phase.name and phase.name == "align":
+            continue
+        opts = optimizers(model, phase.lr)
+        first = 0
+        if state and state["phase"] == phase.name:
+            model.load_state_dict(state["model"])
+            for opt, saved in zip(opts, state["optimizers"], strict=True):
+                opt.load_state_dict(saved)
+            first = state["step"]
+        data = Scenes(phase.plan, tokenizer, phase.steps * phase.batch)
+        order = range(first * phase.batch, len(data))
+        loader = DataLoader(data, batch_size=phase.batch, sampler=order, num_workers=1, prefetch_factor=4)
+        began = time.time()
+        for step, batch in enumerate(loader, first):
+            for opt in opts:
+                for group in opt.param_groups:
+                    group["lr"] = phase.lr * learning_rate(step, phase.steps)
+            if phase.name == "align":
+                loss, hits = align_loss(model, batch, vectors)
+            else:
+                loss, hit, kind = answer_loss(model, batch, prefix, step_layer)
+                hits = {name: round(hit[kind == i].float().mean().item(), 3) for i, name in enumerate(KINDS)}
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for opt in opts:
+                opt.step()
+                opt.zero_grad()
+            if step % 20 == 0:
+                line = {"phase": phase.name, "step": step, "loss": round(loss.item(), 4), **hits, "s": round(time.time() - began)}
+                print(json.dumps(line), flush=True)
+            if (step + 1) % 250 == 0 or step + 1 == phase.steps:
+                save_state(args.state, phase.name, step + 1, model, opts)
+                if phase.name == "answer":
+                    line = {"step": step + 1, "unseen": evaluate(model, check, prefix, step_layer)}
+                    log.write(json.dumps(line) + "\n"), log.flush()
+                    print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--state", type=Path, default=Path("runs/train.pt"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--align-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused kernel's backward is the slower one
+        train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""CLIP vision encoder: a picture becomes one feature vector per patch (source: `CLIPVisionModel`).
+
+Differs from a textbook ViT: a LayerNorm *before* the first layer (the checkpoint spells it `pre_layrnorm`), QuickGELU,
+and LLaVA takes the features of an inner layer (-2), so later layers and `post_layernorm` are never built.
+
+Shapes: B pictures, S pixels a side, P patches, T = P + 1 tokens (class token first), d hidden size, h heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import LlavaConfig, VisionConfig
+from .errors import HimapError
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's sigmoid approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+def activation(name: str):
+    """The function that a config names (`hidden_act`, `projector_hidden_act`)."""
+    if name not in ACTIVATIONS:
+        raise HimapError(f"activation {name!r} is not supported: expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        # A convolution whose stride is its kernel: one matrix product per non-overlapping patch.
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixel_values)  # (B, d, S/patch, S/patch)
+        patches = patches.flatten(2).transpose(1, 2)  # (B, P, d), row by row from the top left
+        cls = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat((cls, patches), dim=1) + self.position_embedding.weight  # (B, T, d)
+
+
+class Attention(nn.Module):
+    """Every token attends to every token; all four projections have biases."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        return self.out_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))  # (B, T, d)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.act = activation(config.hidden_act)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionTower(nn.Module):
+    """(B, channels, S, S) normalised pixels -> (B, N, d) features; N = P, or P + 1 if the class token is kept."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.first = 0 if config.vision_feature_select_strategy == "full" else 1
+        self.embeddings = Embeddings(config.vision_config)
+        self.pre_layrnorm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
+        self.layers = nn.ModuleList(EncoderLayer(config.vision_config) for _ in range(config.vision_layers_used))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        for layer in self.layers:
+            x = layer(x)
+        return x[:, self.first :]
