@@ -47,20 +47,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---------------------------------------------------------------- one layer
 
 
-def causal_mask(q_positions: Tensor, k_positions: Tensor) -> Tensor:
-    """(B, r), (B, n) -> (B, 1, r, n), True where row i may see key j: it stands at or before i in the full sequence."""
-    return (q_positions[:, :, None] >= k_positions[:, None, :])[:, None]
-
-
 class Attention(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        d, c, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.head_dim = c
-        self.q_proj = nn.Linear(d, config.num_attention_heads * c, bias=bias)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * c, bias=bias)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * c, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * c, d, bias=bias)
+        d, self.head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(d, width, bias=bias)
+        self.k_proj = nn.Linear(d, kv_width, bias=bias)
+        self.v_proj = nn.Linear(d, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, d, bias=bias)
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, n, h * c) -> (B, h, n, c)
@@ -73,10 +68,16 @@ class Attention(nn.Module):
         """(B, n, d) -> keys (rotated) and values, each (B, g, n, c)."""
         return rotate(self.heads(self.k_proj(x)), cos, sin), self.heads(self.v_proj(x))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """(B, h, r, c) over (B, g, n, c) -> (B, r, d)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        """(B, h, r, c) over (B, g, n, c) -> (B, r, d). A row sees the keys that stand at or before its position.
+
+        r = n: the rows are all tokens. r = 1: the row is the last token, which sees every key.
+        """
+        (r, n), mask = (q.shape[2], k.shape[2]), None
+        if 1 < r < n:  # tokens were dropped between k and q: indices no longer tell who stands before whom
+            mask = (q_positions[:, :, None] >= k_positions[:, None, :])[:, None]  # (B, 1, r, n)
         gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < r == n, enable_gqa=gqa)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -140,7 +141,8 @@ class LlamaDecoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        vocabulary = torch.randn(config.vocab_size, config.hidden_size)  # by hand: see the encoder's Embeddings
+        self.embed_tokens = nn.Embedding.from_pretrained(vocabulary, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -175,29 +177,26 @@ class LlamaDecoder(nn.Module):
             h = layer.input_layernorm(x)
             k, v = cache[i].append(*layer.self_attn.keys_values(h, *cos_sin))  # every token that entered: (B, g, n, c)
             k_positions, score_rows = positions, 0
-            if i == len(self.layers) - 1 and not all_rows:  # only the last row's logits are asked for
+            if i == len(self.layers) - 1 and not all_rows:  # the last layer: only the last row's logits are asked for
                 x, h, positions = x[:, -1:], h[:, -1:], positions[:, -1:]
                 cos_sin = rope(positions, self.config, x.dtype)
-            q = layer.self_attn.queries(h, *cos_sin)
-            q_rows = q.shape[2]
+            q, q_rows = layer.self_attn.queries(h, *cos_sin), h.shape[1]  # (B, h, n, c)
 
             if stage := stage_at.get(i + 1):  # HiMAP: stage 1 on entry to layer K1, stage 2 on entry to K2
                 view = LayerView(q, k, positions, x, image)
-                scores = stage.score(view)  # (B, N): phi of each image token, from this layer's attention
+                scores = stage.scores(view)  # (B, N): phi of each image token, from this layer's attention
                 local = keep_highest(scores, stage.count(candidates.shape[1]))  # (B, N') places among the candidates
                 kept = candidates.gather(1, local)  # the same as indices of the whole picture
                 trace.stages.append(StageTrace(stage.layer, stage.name, candidates, scores, kept))
                 rows = rows_of(local, image, x.shape[1])  # (B, n'): system, kept image tokens, text
-                x, q = x.take_along_dim(rows[..., None], 1), q.take_along_dim(rows[:, None, :, None], 2)
-                positions = positions.gather(1, rows)  # the dropped tokens end here; their k and v stay in this cache
+                x, q = x.take_along_dim(rows[..., None], 1), q.take_along_dim(rows[:, None, :, None], 2)  # early drop:
+                positions = positions.gather(1, rows)  # the others go no further; their k and v stay in this cache
                 cos_sin = rope(positions, self.config, x.dtype)
                 candidates, image, score_rows = kept, slice(image.start, image.start + kept.shape[1]), view.score_rows
 
-            square, single = q.shape[2] == k.shape[2], q.shape[2] == 1
-            mask = None if square or single else causal_mask(positions, k_positions)
-            x = x + layer.self_attn.attend(q, k, v, mask, is_causal=square and not single)
+            x = x + layer.self_attn.attend(q, k, v, positions, k_positions)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            trace.layers.append(LayerTrace(k.shape[2], q_rows, score_rows, q.shape[2], k.shape[2]))
+            trace.layers.append(LayerTrace(k.shape[2], q_rows, score_rows, x.shape[1], k.shape[2]))
 
         trace.check_scores()
         hidden = self.norm(x)
@@ -208,13 +207,13 @@ class LlamaDecoder(nn.Module):
 
         Position, cache length and tokens seen are three numbers, equal only without pruning. Extends `cache`.
         """
-        x, trace = inputs_embeds, []
-        cos_sin = rope(torch.full((1, 1), position, device=x.device), self.config, x.dtype)
+        x, trace, positions = inputs_embeds, [], torch.full((1, 1), position, device=inputs_embeds.device)
+        cos_sin = rope(positions, self.config, x.dtype)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             h = layer.input_layernorm(x)
             k, v = layer_cache.append(*layer.self_attn.keys_values(h, *cos_sin))
             q = layer.self_attn.queries(h, *cos_sin)
-            x = x + layer.self_attn.attend(q, k, v, mask=None, is_causal=False)  # one row sees every key
+            x = x + layer.self_attn.attend(q, k, v, positions, positions)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             trace.append(LayerTrace(kv=1, q=1, score_rows=0, rows=1, keys=k.shape[2]))
         return self.logits(self.norm(x)[:, -1]), trace

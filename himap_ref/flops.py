@@ -2,10 +2,10 @@
 
 So `2 * rows * in * out` for each linear layer (the patch convolution is one), `2 * rows * keys * c` per head for the
 scores and as much for the weighted sum. A causal mask saves nothing: masked products are computed too. Not counted:
-biases, norms, softmax, activations, RoPE, embedding look-ups, sorting; and what a score function of one's own multiplies
-beyond `LayerView.attention`. Equal to torch's FlopCounterMode (math attention backend) to the last FLOP.
+biases, norms, softmax, activations, RoPE, embedding look-ups, sorting; and what a score function of one's own
+multiplies beyond `LayerView.attention`. Equal to torch's FlopCounterMode (math attention backend) to the last FLOP.
 
-The literature's other definitions stand below under their own names: they explain why papers disagree.
+Papers use other definitions; `studies/literature.py` reproduces their numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import torch
 from .config import LlavaConfig, TextConfig
 from .errors import HimapError
 from .pruning import LayerTrace, LayerView, Stage, stages_by_layer
-
-# ---------------------------------------------------------------- as executed
 
 
 def vision_flops(config: LlavaConfig) -> int:
@@ -39,7 +37,8 @@ def projector_flops(config: LlavaConfig) -> int:
 
 def layer_flops(config: TextConfig, layer: LayerTrace) -> dict[str, int]:
     """One decoder layer and prompt, by part. `ranking` is the attention made explicit for a stage's scores."""
-    d, width, kv_width = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    d, c = config.hidden_size, config.head_dim
+    width, kv_width = config.num_attention_heads * c, config.num_key_value_heads * c
     return {
         "q_proj": 2 * layer.q * d * width,
         "k_proj": 2 * layer.kv * d * kv_width,
@@ -63,19 +62,16 @@ def lm_head_flops(config: TextConfig, rows: int = 1) -> int:
 
 def plan_prefill(config: TextConfig, span: tuple[int, int], n: int, stages: Sequence[Stage] = ()) -> list[LayerTrace]:
     """What `LlamaDecoder.forward` will do with n tokens, image tokens at `span`, without running it."""
-    stage_at = stages_by_layer(stages, config.num_hidden_layers)
-    (start, stop), layers = span, []
-    for i in range(config.num_hidden_layers):
+    stage_at, (start, stop), layers = stages_by_layer(stages, config.num_hidden_layers), span, []
+    for i in range(config.num_hidden_layers - 1):
         rows, score_rows = n, 0
-        if i == config.num_hidden_layers - 1:
-            rows = 1
-        elif stage := stage_at.get(i + 1):
-            score_rows = _score_rows(stage, slice(start, stop), n)
+        if stage := stage_at.get(i + 1):
+            score_rows = _score_rows(config, stage, slice(start, stop), n)
             dropped = stop - start - stage.count(stop - start)
             rows, stop = n - dropped, stop - dropped
-        layers.append(LayerTrace(kv=n, q=1 if i == config.num_hidden_layers - 1 else n, score_rows=score_rows, rows=rows, keys=n))
+        layers.append(LayerTrace(kv=n, q=n, score_rows=score_rows, rows=rows, keys=n))
         n = rows
-    return layers
+    return [*layers, LayerTrace(kv=n, q=1, score_rows=0, rows=1, keys=n)]
 
 
 def plan_decode(prefill: Sequence[LayerTrace], steps: int) -> list[list[LayerTrace]]:
@@ -83,20 +79,23 @@ def plan_decode(prefill: Sequence[LayerTrace], steps: int) -> list[list[LayerTra
     return [[LayerTrace(1, 1, 0, 1, layer.keys + step) for layer in prefill] for step in range(1, steps + 1)]
 
 
-def _score_rows(stage: Stage, image: slice, n: int) -> int:
+def _score_rows(config: TextConfig, stage: Stage, image: slice, n: int) -> int:
     """Asks the score function itself which rows it makes explicit, on tensors without data."""
-    q = torch.empty(1, 1, n, 1, device="meta")
-    view = LayerView(q, q, torch.empty(1, n, device="meta"), q[0], image)
+    with torch.device("meta"):
+        q, k = (torch.empty(1, h, n, config.head_dim) for h in (config.num_attention_heads, config.num_key_value_heads))
+        view = LayerView(q, k, torch.empty(1, n), torch.empty(1, n, config.hidden_size), image)
     try:
-        stage.score(view)
-    except (RuntimeError, NotImplementedError) as error:
-        raise HimapError(f"score {stage.name!r} depends on data, so its FLOPs are known only after a run") from error
+        stage.scores(view)
+    except HimapError:
+        raise
+    except Exception as error:  # a user's function may fail in any way without data
+        raise HimapError(f"score {stage.name!r} needs data: its FLOPs are known only after a run ({error})") from error
     return view.score_rows
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one answer. decode: one entry per step after the first token. vanilla_*: same prompt and steps, cached, unpruned."""
+    """Of one answer. decode: per step after the first token. vanilla_*: same prompt and steps, cached, unpruned."""
 
     vision: int
     projector: int
@@ -129,9 +128,13 @@ class Flops:
 
 
 def count_flops(
-    config: LlavaConfig, n: int, span: tuple[int, int] | None, prefill: Sequence[LayerTrace], decode: Sequence[Sequence[LayerTrace]]
+    config: LlavaConfig,
+    n: int,
+    span: tuple[int, int] | None,
+    prefill: Sequence[LayerTrace],
+    decode: Sequence[Sequence[LayerTrace]],
 ) -> Flops:
-    """From the traces of a run on a prompt of n tokens."""
+    """From the traces of a run on a prompt of n tokens; `span` is None without a picture."""
     text = config.text_config
     vanilla = plan_prefill(text, span or (n, n), n)
     return Flops(
@@ -147,53 +150,3 @@ def count_flops(
 def kv_cache_bytes(config: TextConfig, layers: Sequence[LayerTrace], bytes_per_number: int = 2) -> int:
     """Keys and values cached after a prefill (or after the decode step) that `layers` describes; bf16 by default."""
     return 2 * config.num_key_value_heads * config.head_dim * bytes_per_number * sum(layer.keys for layer in layers)
-
-
-# ---------------------------------------------------------------- the literature's definitions
-# n tokens, d hidden size, m intermediate size, T layers. All are multiply-accumulates, printed as "FLOPs" in papers.
-
-
-def paper_layer(n: int, d: int, m: int) -> int:
-    """4nd^2 + 2n^2 d + 2ndm: HiMAP eq. 10, FastV, DivPrune. Counts two of the MLP's three matrices."""
-    return 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
-
-
-def three_matrix_layer(n: int, d: int, m: int) -> int:
-    """4nd^2 + 2n^2 d + 3ndm: PyramidDrop, SparseVLM. All three matrices; twice this is the true FLOPs of a layer."""
-    return paper_layer(n, d, m) + n * d * m
-
-
-def tokens_per_layer(stages: Sequence[Stage], num_image_tokens: int, num_layers: int) -> list[int]:
-    """Image tokens in each layer in the papers' order: a stage at K takes effect on entry to layer K."""
-    stage_at, tokens, n = stages_by_layer(stages, num_layers), [], num_image_tokens
-    for layer in range(num_layers):
-        n = stage_at[layer].count(n) if layer in stage_at else n
-        tokens.append(n)
-    return tokens
-
-
-def paper_flops(config: TextConfig, tokens: Sequence[int], layer=paper_layer) -> int:
-    """Sum of `layer` over the layers' token numbers (`tokens_per_layer`: image tokens only, as the papers count)."""
-    return sum(layer(n, config.hidden_size, config.intermediate_size) for n in tokens)
-
-
-def definitions(
-    config: TextConfig, stages: Sequence[Stage], system: int, image: int, text: int
-) -> dict[str, float]:
-    """One schedule under each definition in use. system, image, text: tokens before, of and after the image."""
-    T, n, span = config.num_hidden_layers, system + image + text, (system, system + image)
-    tokens = tokens_per_layer(stages, image, T)
-    whole = [system + left + text for left in tokens]
-    executed, vanilla = plan_prefill(config, span, n, stages), plan_prefill(config, span, n)
-    all_rows = 2 * paper_flops(config, whole, three_matrix_layer) + lm_head_flops(config, whole[-1])
-    return {
-        "image tokens, 4nd^2+2n^2d+2ndm, MACs (HiMAP, FastV, DivPrune)": paper_flops(config, tokens),
-        "image tokens, 4nd^2+2n^2d+3ndm, MACs (PyramidDrop, SparseVLM)": paper_flops(config, tokens, three_matrix_layer),
-        "whole prompt, 4nd^2+2n^2d+2ndm, MACs": paper_flops(config, whole),
-        "whole prompt, every row and its lm_head, FLOPs (VTW)": all_rows,
-        "prefill as executed here, FLOPs": pass_flops(config, executed),
-        "ratio to vanilla, image tokens, 2ndm (the paper's)": paper_flops(config, tokens) / paper_flops(config, [image] * T),
-        "ratio to vanilla, whole prompt, as executed here": pass_flops(config, executed) / pass_flops(config, vanilla),
-        "mean image tokens per layer": sum(tokens) / T,
-        "KV-cache bytes after the prefill, bf16": kv_cache_bytes(config, executed),
-    }

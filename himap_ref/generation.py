@@ -1,4 +1,4 @@
-"""Generation: prefill once, then one token at a time from the cache; or, with reprune, the whole prompt for every token.
+"""Generation: prefill once, then token by token from the cache; or, with reprune, the whole prompt for every token.
 
 Works on embeddings, so it knows the decoder and nothing of pictures or text.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decoder import DecoderOutput, LlamaDecoder
+from .decoder import LlamaDecoder
 from .errors import HimapError
 from .pruning import LayerTrace, Stage, Trace
 
@@ -37,7 +37,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     probs = (logits.float() / sampling.temperature).softmax(dim=-1)
     ordered, ids = probs.sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: the one that crosses top_p stays
-    ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+    if sampling.top_p < 1:  # at 1 rounding must not cut the tail
+        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
     return torch.zeros_like(probs).scatter(0, ids, ordered / ordered.sum())
 
 
@@ -83,22 +84,17 @@ def generate(
     """
     B, n, _ = inputs_embeds.shape
     room = decoder.config.max_position_embeddings - n
-    if room < 0 or max_new_tokens < 1:
-        raise HimapError(
-            f"the prompt has {n} tokens, the model's context {n + room}: shorten it" if room < 0
-            else f"max_new_tokens {max_new_tokens}: must be at least 1"
-        )  # fmt: skip
-    # The last new token is never fed back, so it needs no position.
-    limit, limit_name = min((max_new_tokens, "length"), (room + 1, "context"))
+    if room < 0:
+        raise HimapError(f"the prompt has {n} tokens, the model's context {n + room}: shorten the prompt")
+    if max_new_tokens < 1:
+        raise HimapError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+    limit = min(max_new_tokens, room + 1)  # the last token is never fed back, so it needs no position
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(B)]
     answers: list[list[int]] = [[] for _ in range(B)]
-    done = [False] * B
-    traces, decode_layers = [], []
-    embeds, start, seconds = inputs_embeds, time.perf_counter(), {}
+    done, decode_layers, embeds, start = [False] * B, [], inputs_embeds, time.perf_counter()
 
-    out: DecoderOutput = decoder(embeds, image_span, stages)  # the prefill
-    logits, first_logits = out.logits, out.logits
-    traces.append(out.trace)
+    out = decoder(embeds, image_span, stages)  # the prefill
+    logits, first_logits, traces = out.logits, out.logits, [out.trace]
     for step in range(limit):
         ids = choose(logits, sampling, generators)  # (B,)
         for b, id in enumerate(ids.tolist()):
@@ -108,7 +104,7 @@ def generate(
                 if b == 0 and on_token:
                     on_token(id)
         if step == 0:
-            seconds["prefill"] = time.perf_counter() - start
+            seconds = {"prefill": time.perf_counter() - start}
         if all(done) or step + 1 == limit:
             break
         token = decoder.embed_tokens(ids)[:, None]  # (B, 1, d)
@@ -121,5 +117,6 @@ def generate(
             logits, layers = decoder.decode(token, n + step, out.cache)
             decode_layers.append(layers)
     seconds["decode"] = time.perf_counter() - start - seconds["prefill"]
-    finish = ["eos" if ended else limit_name for ended in done]
+    cut = "length" if limit == max_new_tokens else "context"
+    finish = ["eos" if ended else cut for ended in done]
     return Generated(answers, finish, first_logits, traces, decode_layers, seconds)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .config import read_json
 from .errors import HimapError
 
 MAX_RESIZED_PIXELS = 150_000_000  # a 1 x 40000 picture would otherwise be blown up to 4.5 gigapixels
@@ -25,10 +26,9 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     try:
         with Image.open(source) as image:
             return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise HimapError(f"{source}: not a picture that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise HimapError(f"{source}: cannot read the picture ({getattr(error, 'strerror', None) or error})") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
+        reason = "no picture format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise HimapError(f"{source}: cannot be read as a picture ({reason})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -52,15 +52,30 @@ class ImageProcessor:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
+    def from_folder(cls, folder: Path, image_size: int) -> ImageProcessor:
+        """From preprocessor_config.json or, as transformers 5 may write it, from within processor_config.json."""
+        path, data = folder / "preprocessor_config.json", {}
+        if path.exists():
+            data = read_json(path)
+        elif (folder / "processor_config.json").exists():
+            data = read_json(folder / "processor_config.json").get("image_processor", {})
+        processor = cls.from_dict({"size": image_size, "crop_size": image_size, **data})
+        if (processor.crop_size or processor.size) != (image_size, image_size):
+            raise HimapError(f"{folder}: the image processor does not make pictures of {image_size} pixels a side")
+        return processor
+
+    @classmethod
     def from_dict(cls, data: dict) -> ImageProcessor:
-        """`do_*: false` switches a step off; `size` may be an int, {"shortest_edge"} or {"height", "width"}."""
+        """`do_*: false` switches a step off; sizes are an int, {"shortest_edge"} or {"height", "width"}."""
         size, crop = data.get("size", 224), data.get("crop_size", 224)
         size = {"shortest_edge": size} if isinstance(size, int) else size
         crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-        resize, normalize = data.get("do_resize", True), data.get("do_normalize", True)
+        if not data.get("do_resize", True):
+            size = {}
+        normalize = data.get("do_normalize", True)
         return cls(
-            shortest_edge=size.get("shortest_edge") if resize else None,
-            size=(size["height"], size["width"]) if resize and "height" in size else None,
+            shortest_edge=size.get("shortest_edge"),
+            size=(size["height"], size["width"]) if "height" in size else None,
             crop_size=(crop["height"], crop["width"]) if data.get("do_center_crop", True) else None,
             do_pad=bool(data.get("do_pad", False)),
             resample=data.get("resample", cls.resample),
@@ -75,7 +90,11 @@ class ImageProcessor:
             image = pad_to_square(image, tuple(int(x * 255) for x in self.image_mean))
         if self.size or self.shortest_edge:
             image = image.resize(self._resized(*image.size), Image.Resampling(self.resample))
-        return center_crop(image, *self.crop_size) if self.crop_size else image
+        if self.crop_size:  # centre crop; what lies outside a smaller picture is black
+            height, width = self.crop_size
+            top, left = (image.height - height) // 2, (image.width - width) // 2
+            image = image.crop((left, top, left + width, top + height))
+        return image
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         if self.size:
@@ -101,9 +120,3 @@ def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The middle of the picture; what lies outside a smaller one is black."""
-    top, left = (image.height - height) // 2, (image.width - width) // 2
-    return image.crop((left, top, left + width, top + height))

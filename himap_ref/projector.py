@@ -17,16 +17,12 @@ class Projector(nn.Module):
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        d_vision, d_text = config.vision_config.hidden_size, config.text_config.hidden_size
-        bias = config.multimodal_projector_bias
-        self.linear_1 = nn.Linear(d_vision, d_text, bias=bias)
-        if config.projector_type == "mlp2x_gelu":
-            self.act = activation(config.projector_hidden_act)
-            self.linear_2 = nn.Linear(d_text, d_text, bias=bias)
-        elif config.projector_type == "linear":
-            self.act = self.linear_2 = None
-        else:
+        if config.projector_type not in ("mlp2x_gelu", "linear"):
             raise HimapError(f"projector type {config.projector_type!r} is not supported: 'mlp2x_gelu' or 'linear'")
+        d, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.act = activation(config.projector_hidden_act)
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, d, bias=bias)
+        self.linear_2 = nn.Linear(d, d, bias=bias) if config.projector_type == "mlp2x_gelu" else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear_1(x)

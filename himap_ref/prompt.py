@@ -7,6 +7,7 @@ The text is tokenised in one go with one `<image>` in it and expanded afterwards
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -29,42 +30,46 @@ class Prompt:
     image_span: tuple[int, int] | None  # [start, stop) of the image tokens in ids; None without a picture
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json, the one file of the fast tokenizer; raises HimapError if it is not there or not one."""
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise HimapError(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
+
+
 def encode_prompt(
-    tokenizer: Tokenizer, question: str, template: str, image_token: int, num_image_tokens: int, has_image: bool
+    tokenizer: Tokenizer, question: str, template: str, image_token: int, num_image_tokens: int
 ) -> Prompt:
-    """`template` holds `<image>` and `{question}`; without a picture "<image>" and its line break are left out."""
+    """`template` holds `<image>` and `{question}`; with 0 image tokens "<image>" and its line break are left out."""
     if not question.strip():
         raise HimapError("the prompt is empty: ask something")
     image = tokenizer.id_to_token(image_token)
-    if image is None:
-        raise HimapError(f"the tokenizer has no token with the image token's id {image_token}: not a LLaVA's tokenizer")
-    before, after = template.split("<image>")
-    if not has_image:
-        before, after = before + after.removeprefix("\n"), ""
-    text = (before + image + after if has_image else before).replace("{question}", question)
+    if image is None or template.count("<image>") != 1 or "{question}" not in template:
+        raise HimapError(
+            f"the tokenizer has no token {image_token} (image_token_index)" if image is None
+            else "the template must hold <image> once, and {question}"
+        )  # fmt: skip
+    template = template.replace("<image>", image) if num_image_tokens else template.replace("<image>\n", "")
     try:
-        ids = tokenizer.encode(text).ids
+        ids = tokenizer.encode(template.replace("{question}", question)).ids
     except (UnicodeError, TypeError):
         raise HimapError("the prompt is not valid Unicode text") from None
-    own = ids.index(image_token) if has_image else -1
-    ids = _spell_out(tokenizer, ids, own, question)
-    if not has_image:
-        return Prompt(ids, None)
-    ids = ids[:own] + [image_token] * num_image_tokens + ids[own + 1 :]
-    return Prompt(ids, find_image_span(ids, image_token))
-
-
-def _spell_out(tokenizer: Tokenizer, ids: list[int], own: int, question: str) -> list[int]:
-    """Special tokens that the user typed ("<image>", "</s>") become ordinary text; the template's image token, at place
-    `own`, and the leading BOS stay."""
+    own = ids.index(image_token) if num_image_tokens else -1  # the template's comes before any the user typed
     typed = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.content in question}
-    spelled = []
+    expanded: list[int] = []
     for place, id in enumerate(ids):
-        spelled += _as_text(tokenizer, id) if id in typed and place not in (0, own) else [id]
-    return spelled
+        if place == own:
+            expanded += [image_token] * num_image_tokens
+        elif id in typed and place > 0:  # place 0 is BOS
+            expanded += _as_text(tokenizer, id)
+        else:
+            expanded.append(id)
+    return Prompt(expanded, find_image_span(expanded, image_token))
 
 
 def _as_text(tokenizer: Tokenizer, id: int) -> list[int]:
+    """A special token that the user typed ("<image>", "</s>"), spelled out in ordinary ones."""
     text = tokenizer.id_to_token(id)
     tokenizer.encode_special_tokens = True
     ids = tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,8 +1,8 @@
 """Pruning of image tokens: what a stage is, how tokens are scored, which are kept, and the trace of what happened.
 
 A *stage* (layer K, keep, score) removes image tokens on the way from layer K-1 into layer K, ranked by what layer K-1's
-attention says. HiMAP (arXiv 2503.13108) is two stages, FastV (arXiv 2403.06764) one, "none" zero. The loop that applies
-them is `LlamaDecoder.forward` in decoder.py.
+attention says. HiMAP (arXiv 2503.13108) is two stages, FastV one (studies/methods.py), "none" zero. The loop that
+applies them is `LlamaDecoder.forward` in decoder.py.
 
 Kept tokens stay in order and keep their original positions. With BOS, six image tokens and two text tokens:
 
@@ -19,7 +19,6 @@ Kept tokens stay in order and keep their original positions. With BOS, six image
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,35 +27,31 @@ from torch import Tensor
 
 from .errors import HimapError
 
-# ---------------------------------------------------------------- what a score function sees
-
 
 class LayerView:
     """Layer K-1 in the middle of its work, as a score function sees it.
 
-    B prompts, h query heads, n tokens that entered the layer, c head size, N image tokens among them.
-
-    system, image, text: slices of 0..n-1; text is everything after the image, generated tokens included.
-    q (B, h, n, c), k (B, kv heads, n, c): with RoPE applied. positions (B, n): original ones. hidden (B, n, d): input.
-    score_rows: attention rows made explicit so far (for the FLOPs accounting).
+    B prompts, h query heads, g key/value heads, c head size; n tokens entered the layer, N image tokens among them.
+    q (B, h, n, c), k (B, g, n, c): with RoPE. positions (B, n): original. hidden (B, n, d): the layer's input.
+    system, image, text, all, last: slices of 0..n-1; text is all that follows the image, generated tokens included.
+    score_rows: attention rows made explicit so far, for the FLOPs accounting.
     """
 
     def __init__(self, q: Tensor, k: Tensor, positions: Tensor, hidden: Tensor, image: slice):
-        self.q, self.k, self.positions, self.hidden = q, k, positions, hidden
+        self.q, self.k, self.positions, self.hidden, self.score_rows = q, k, positions, hidden, 0
         n = q.shape[2]
         self.system, self.image, self.text = slice(0, image.start), image, slice(image.stop, n)
         self.all, self.last = slice(0, n), slice(n - 1, n)
-        self.score_rows = 0
 
     def attention(self, rows: slice, columns: slice) -> Tensor:
-        """A[rows, columns]: how much the `rows` attend to the `columns`. Mean over heads, softmax in fp32.
+        """A[rows, columns], (B, rows, columns): how much the rows attend to the columns, mean over heads.
 
-        (B, len(rows), len(columns)). The softmax runs over all n keys; only the rows asked for are computed.
+        Softmax in fp32 over all n keys; only the rows asked for are computed.
         """
         q, k = self.q[:, :, rows], self.k
         self.score_rows += q.shape[2]
         B, h, r, c = q.shape
-        scores = q.reshape(B, k.shape[1], -1, c) @ k.mT * c**-0.5  # (B, kv heads, h / kv heads * r, n)
+        scores = q.reshape(B, k.shape[1], -1, c) @ k.mT * c**-0.5  # (B, g, h / g * r, n)
         visible = self.positions[:, None, rows, None] >= self.positions[:, None, None, :]  # causal, (B, 1, r, n)
         scores = scores.view(B, h, r, -1).float().masked_fill(~visible, float("-inf"))
         return scores.softmax(dim=-1).mean(dim=1)[..., columns]
@@ -67,30 +62,13 @@ class LayerView:
 
 
 def text_to_image(view: LayerView) -> Tensor:
-    """Stage 1: phi_sh(v) = sum of A[i, v] over the text rows i (paper, eq. 7; official code, `fast_v` branch)."""
+    """Stage 1: phi_sh(v) = sum of A[i, v] over the text rows i."""
     return view.attention(view.text, view.image).sum(dim=1)
 
 
 def image_to_image(view: LayerView) -> Tensor:
-    """Stage 2: phi_dp(v) = sum of A[i, v] over the remaining image rows i, v's own included (paper, eq. 8)."""
+    """Stage 2: phi_dp(v) = sum of A[i, v] over the image rows i that are left, v's own included."""
     return view.attention(view.image, view.image).sum(dim=1)
-
-
-def last_to_image(view: LayerView) -> Tensor:
-    """FastV as its code has it: the attention of the last row alone."""
-    return view.attention(view.last, view.image).sum(dim=1)
-
-
-def all_to_image(view: LayerView) -> Tensor:
-    """FastV as its paper has it: attention averaged over all rows."""
-    return view.attention(view.all, view.image).mean(dim=1)
-
-
-def random(view: LayerView, seed: int = 0) -> Tensor:
-    """Chance, the baseline to beat. Every item of a batch draws the same numbers, as it would alone."""
-    N = view.image.stop - view.image.start
-    scores = torch.rand(N, generator=torch.Generator().manual_seed(seed))
-    return scores.to(view.q.device).expand(len(view.q), -1)
 
 
 # ---------------------------------------------------------------- stages
@@ -110,68 +88,41 @@ class Stage:
     score: Score
 
     def __post_init__(self):
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise HimapError(f"stage layer {self.layer!r}: expected a whole number of at least 1 (layer K-1 ranks)")
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
-            raise HimapError(f"stage keep {self.keep!r}: expected a count or a share")
-        if self.keep < 1 and isinstance(self.keep, int) or isinstance(self.keep, float) and not 0 < self.keep <= 1:
-            raise HimapError(f"stage keep {self.keep!r}: a count must be at least 1, a share in (0, 1]")
+        if type(self.layer) is not int or self.layer < 1:
+            raise HimapError(f"stage layer {self.layer!r}: expected a whole number from 1 (layer K-1 ranks)")
+        share, count = type(self.keep) is float and 0 < self.keep <= 1, type(self.keep) is int and self.keep >= 1
+        if not (share or count):
+            raise HimapError(f"stage keep {self.keep!r}: expected a count of at least 1 or a share in (0, 1]")
+        if not callable(self.score):
+            raise HimapError(f"stage score {self.score!r}: expected a function from LayerView to (B, N) scores")
 
     @property
     def name(self) -> str:
-        return getattr(self.score, "__name__", type(self.score).__name__)
+        function = getattr(self.score, "func", self.score)  # func: of a functools.partial
+        return getattr(function, "__name__", type(function).__name__)
+
+    def scores(self, view: LayerView) -> Tensor:
+        """(B, N) by the score function; raises HimapError if it returns anything else."""
+        scores, expected = self.score(view), (len(view.q), view.image.stop - view.image.start)
+        if not isinstance(scores, Tensor) or scores.shape != expected:
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise HimapError(f"score {self.name!r} at layer {self.layer} returned {got}, not (B, N) = {list(expected)}")
+        return scores
 
     def count(self, entering: int) -> int:
         """How many of `entering` image tokens stay."""
         keep = self.keep if isinstance(self.keep, int) else max(1, int(self.keep * entering + 0.5))
         if keep > entering:
-            raise HimapError(f"stage at layer {self.layer} is to keep {keep} image tokens, but only {entering} enter it")
+            raise HimapError(f"stage at layer {self.layer} is to keep {keep} image tokens, only {entering} enter it")
         return keep
 
 
 HIMAP = (Stage(2, 0.5, text_to_image), Stage(8, 0.25, image_to_image))  # question answering: 576 -> 288 -> 72
 HIMAP_CAPTION = (Stage(2, 0.5, text_to_image), Stage(15, 0.25, image_to_image))  # captions and free answers
-FASTV = (Stage(2, 0.5, last_to_image),)
-RANDOM = (Stage(2, 0.5, random),)
-METHODS: dict[str, tuple[Stage, ...]] = {"himap": HIMAP, "fastv": FASTV, "random": RANDOM, "none": ()}
-
-
-SCORES = {score.__name__: score for score in (text_to_image, image_to_image, last_to_image, all_to_image, random)}
-
-
-def parse_stages(text: str, trusted: bool = True) -> tuple[Stage, ...]:
-    """"2:0.5:text_to_image,8:72:image_to_image" -> stages; a keep with a point is a share, without one a count.
-
-    The score is a name of `SCORES` or, if `trusted` (typed by the user, not read from a file), `module:function`.
-    """
-    stages = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        layer, _, rest = part.partition(":")
-        keep, _, score = rest.partition(":")
-        try:
-            stages.append(Stage(int(layer), float(keep) if "." in keep else int(keep), find_score(score, trusted)))
-        except HimapError:
-            raise
-        except ValueError:
-            raise HimapError(f"stage {part!r}: expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image") from None
-    return tuple(stages)
-
-
-def find_score(name: str, trusted: bool = True) -> Score:
-    """A score function by its name, or by `module:function` from the import path and the current folder."""
-    if name in SCORES:
-        return SCORES[name]
-    module, colon, function = name.partition(":")
-    if not (trusted and colon):
-        raise HimapError(f"score {name!r} is unknown: expected {', '.join(SCORES)} or module:function")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise HimapError(f"score {name!r} cannot be imported ({error})") from None
 
 
 def stages_by_layer(stages: Sequence[Stage], num_layers: int) -> dict[int, Stage]:
-    """{layer: stage}. Raises HimapError if they are out of order, doubled, or beyond the last layer."""
+    """{layer: stage}; raises HimapError if they are out of order, doubled, or beyond the last layer."""
     layers = [stage.layer for stage in stages]
     if any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
         raise HimapError(f"stage layers {layers} must ascend, each layer once")

@@ -3,7 +3,7 @@
 Differs from a textbook ViT: a LayerNorm *before* the first layer (the checkpoint spells it `pre_layrnorm`), QuickGELU,
 and LLaVA takes the features of an inner layer (-2), so later layers and `post_layernorm` are never built.
 
-Shapes: B pictures, S pixels a side, P patches, T = P + 1 tokens (class token first), d hidden size, h heads.
+Shapes: B pictures, S pixels a side, P patches, T = P + 1 tokens (class token first), d hidden size, h heads of size c.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
-        self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
+        # Filled by hand: nn.Embedding's own init on the meta device would import torch's compiler, which takes seconds.
+        positions = torch.randn(config.num_patches + 1, config.hidden_size)
+        self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values)  # (B, d, S/patch, S/patch)
@@ -53,15 +55,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        d, self.num_heads = config.hidden_size, config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+        self.out_proj = nn.Linear(d, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
-        return self.out_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))  # (B, T, d)
+        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projections)  # (B, h, T, c) each
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, T, d)
 
 
 class MLP(nn.Module):

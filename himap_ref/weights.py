@@ -1,12 +1,11 @@
 """Weights: a folder or hub id becomes tensors under this package's names. Only safetensors are read, never pickles.
 
-Checkpoints come in three layouts of names. `PREFIXES` maps each to the module tree of `Llava`; a name that it does not
-know, a tensor that is missing and a shape that differs are errors.
+Checkpoints come in three layouts of names; `PREFIXES` maps each to the module tree of `Llava`. A name that it does not
+know, a missing tensor and a shape that differs are errors that name the tensor.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,10 +15,7 @@ from torch import Tensor, nn
 from .config import LlavaConfig, read_json
 from .errors import HimapError
 
-SHORT_NAMES = {
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
-}
+SHORT_NAMES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
 NEEDED_FILES = ["*.json", "*.safetensors"]  # of a hub repository; the tokenizer is in tokenizer.json
 
 # (checkpoint, ours): the first prefix that fits is replaced.
@@ -48,7 +44,8 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
         return folder
     name = SHORT_NAMES.get(str(source), str(source))
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise HimapError(f"weights {str(source)!r}: no such folder, hub id (owner/name) or short name ({', '.join(SHORT_NAMES)})")
+        names = ", ".join(SHORT_NAMES)
+        raise HimapError(f"weights {str(source)!r}: no such folder, hub id (owner/name) or short name ({names})")
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
 
     try:
@@ -110,18 +107,17 @@ def load_weights(model: nn.Module, config: LlavaConfig, folder: Path, dtype: tor
     """Fills `model`, built on the meta device. Tensors that need neither cast nor move stay mapped from the file."""
     expected, found = model.state_dict(), {}
     for path in tensor_files(folder):
-        with ExitStack() as stack:
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise HimapError(f"{path}: not a readable safetensors file ({error})") from None
-            for theirs in file.keys():
-                name = rename(theirs)
-                if is_unused(name, config):
-                    continue
-                if name in found:
-                    raise HimapError(f"{path}: tensor {theirs!r} appears twice")
-                found[name] = _checked(file.get_tensor(theirs), expected.get(name), f"{path}: tensor {theirs!r}").to(device, dtype)
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise HimapError(f"{path}: not a readable safetensors file ({error})") from None
+        for theirs in file.keys():  # noqa: SIM118 - not a dict
+            name, what = rename(theirs), f"{path}: tensor {theirs!r}"
+            if is_unused(name, config):
+                continue
+            if name in found:
+                raise HimapError(f"{what} appears twice")
+            found[name] = _checked(file.get_tensor(theirs), expected.get(name), what).to(device, dtype)
     if missing := [name for name in expected if name not in found]:
         raise HimapError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all): not a complete LLaVA")
     model.load_state_dict(found, strict=True, assign=True)
@@ -136,3 +132,13 @@ def _checked(tensor: Tensor, expected: Tensor | None, what: str) -> Tensor:
     if not tensor.is_floating_point():
         raise HimapError(f"{what} holds {tensor.dtype}, not floating-point numbers")
     return tensor
+
+
+def read_eos(folder: Path) -> tuple[int, ...]:
+    """Ids that end an answer: from generation_config.json, else config.json, else LLaMA's 2."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        data = read_json(path) if path.exists() else {}
+        eos = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
+        if eos is not None:
+            return tuple(eos) if isinstance(eos, list) else (eos,)
+    return (2,)

@@ -1,6 +1,6 @@
 """Trains the small LLaVA in `weights/` on drawn scenes, from random weights, on a CPU.
 
-    python -m himap_ref.studies.train --out weights/himap-shapes
+    python -m himap_ref.studies.train
 
 Two phases, as for LLaVA itself, both at full depth and with nothing frozen but the word vectors in the first:
 
@@ -20,27 +20,37 @@ import argparse
 import json
 import math
 import os
-
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..decoder import rope
 from ..model import Llava
-from . import scenes
-from .scenes import CHOICE_HINT, COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, draw, make_questions, make_scene
+from ..prompt import TEMPLATES
+from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, draw, make_questions, make_scene
 
 GRID = SIZE // PATCH
-SYSTEM = "Answer questions about the drawn picture. USER: "
+TEMPLATE = TEMPLATES["shapes"]
+SYSTEM = TEMPLATE.split("<image>")[0]
+NOTE = (
+    "this small model knows only drawn scenes of coloured shapes; for other pictures: "
+    "python run.py --weights llava-1.5-7b --image FILE --prompt QUESTION"
+)
+SCHEDULE = "2:0.5:text_to_image,8:0.25:image_to_image"  # the stages that himap.json recommends for this model
+EXAMPLE_SEED = UNSEEN + 10
 TEXT_BUDGET = 112  # tokens of questions and answers per picture
 MEAN, STD = 0.5, 0.5
+# Counting and multiple choice come last: from this step on they weigh double. The last entry is </s>.
+SLOW_KINDS_FROM = 1500
+SLOW_KINDS = torch.tensor([2.0 if kind in ("count", "choice") else 1.0 for kind in KINDS] + [1.0])
 
 
 # ---------------------------------------------------------------- tokenizer and shape of the model
@@ -69,12 +79,7 @@ def build_tokenizer(vocab_size: int = 512):
 def _corpus(pictures: int):
     for seed in range(pictures):
         for question in make_questions(make_scene(seed), 8):
-            yield prompt(question.text) + " " + question.answer
-
-
-def prompt(question: str) -> str:
-    """The text around and after the picture; what stands before `<image>` is `SYSTEM`."""
-    return f"{SYSTEM}\n{question} ASSISTANT:"
+            yield TEMPLATE.replace("<image>", "").replace("{question}", question.text) + " " + question.answer
 
 
 def shapes_config(vocab_size: int, image_token: int) -> LlavaConfig:
@@ -150,7 +155,7 @@ class Scenes(Dataset):
             columns["segment"] += [number] * len(ids)
             columns["place"] += range(len(ids))
             columns["target"] += [-100] * (len(asked) - 1) + answer + [eos]
-            columns["kind"] += [-1] * (len(asked) - 1) + [KINDS.index(question.kind)] * (len(answer) + 1)
+            columns["kind"] += [-1] * (len(asked) - 1) + [KINDS.index(question.kind)] * len(answer) + [len(KINDS)]
         padding = TEXT_BUDGET - len(columns["ids"])
         fill = {"ids": 0, "segment": 0, "place": 0, "target": -100, "kind": -1}
         return {name: torch.tensor(values + [fill[name]] * padding) for name, values in columns.items()}
@@ -165,7 +170,8 @@ def patch_words(scene) -> Tensor:
     words = torch.full((GRID, GRID, 4), -100)
     for thing in scene.things:
         x0, y0, x1, y1 = thing.box
-        values = torch.tensor([group.index(word) for group, word in zip(WORDS, (thing.color, thing.shape, thing.row, thing.column))])
+        own = (thing.color, thing.shape, thing.row, thing.column)
+        values = torch.tensor([group.index(word) for group, word in zip(WORDS, own, strict=True)])
         for row in range(GRID):
             for column in range(GRID):
                 wide = min(x1, (column + 1) * PATCH) - max(x0, column * PATCH)
@@ -183,17 +189,12 @@ def to_pixel_values(pixels: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the two losses
 
 
-def align_loss(model: Llava, batch: dict, word_vectors: list[Tensor]) -> tuple[Tensor, dict]:
-    """Each patch picks its words by cosine, one cross-entropy for each of the four groups."""
+def align_loss(model: Llava, batch: dict, vectors: list[Tensor]) -> Tensor:
+    """Each patch picks its words by cosine, one cross-entropy for each of the four groups of `WORDS`."""
     embeds = F.normalize(model.embed_image(to_pixel_values(batch["pixels"])), dim=-1)  # (B, N, d)
-    losses, hits = [], {}
-    for i, (name, vectors) in enumerate(zip(("color", "shape", "row", "column"), word_vectors, strict=True)):
-        target = batch["words"][..., i].flatten()
-        logits = (embeds @ F.normalize(vectors, dim=-1).T * 20).flatten(0, 1)
-        losses.append(F.cross_entropy(logits, target, ignore_index=-100))
-        seen = target >= 0
-        hits[name] = (logits.argmax(-1) == target)[seen].float().mean().item()
-    return sum(losses), hits
+    logits = [(embeds @ F.normalize(group, dim=-1).T * 20).flatten(0, 1) for group in vectors]
+    targets = batch["words"].flatten(0, 1).unbind(-1)
+    return sum(F.cross_entropy(x, y, ignore_index=-100) for x, y in zip(logits, targets, strict=True))
 
 
 def layer_forward(layer, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
@@ -206,8 +207,10 @@ def layer_forward(layer, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> T
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
-def answer_loss(model: Llava, batch: dict, prefix: Tensor, step_layer=layer_forward) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of the answers' tokens. Returns loss, hit per target and kind per target."""
+def answer_loss(
+    model: Llava, batch: dict, prefix: Tensor, step_layer=layer_forward, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the answers' tokens, `weights` by kind. Returns loss, hit per target and kind per target."""
     decoder, B = model.language_model, len(batch["ids"])
     image = model.embed_image(to_pixel_values(batch["pixels"]))
     before = decoder.embed_tokens(prefix).expand(B, -1, -1)
@@ -224,8 +227,10 @@ def answer_loss(model: Llava, batch: dict, prefix: Tensor, step_layer=layer_forw
         x = step_layer(layer, x, cos, sin, bias)
     where = batch["target"] >= 0
     logits = decoder.logits(decoder.norm(x[:, start:][where]))
-    target = batch["target"][where]
-    return F.cross_entropy(logits, target), logits.argmax(-1) == target, batch["kind"][where]
+    target, kind = batch["target"][where], batch["kind"][where]
+    weight = torch.ones(len(target)) if weights is None else weights[kind]
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    return loss, logits.argmax(-1) == target, kind
 
 
 # ---------------------------------------------------------------- optimiser
@@ -270,15 +275,77 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside, AdamW for vectors, word vectors and the output."""
-    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
-    ids = {id(p) for p in inside}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    inside, rest = [], []
+    for name, p in model.named_parameters():
+        (inside if p.ndim == 2 and "embed" not in name and "lm_head" not in name else rest).append(p)
     return [Muon(inside, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def learning_rate(step: int, steps: int) -> float:
     """Share of the full rate: warm up, stay, then fall to zero over the last quarter."""
     return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (0.25 * steps)))
+
+
+# ---------------------------------------------------------------- export
+
+
+def export(model: Llava, tokenizer, folder: Path) -> None:
+    """A folder in llava-hf's layout, with the tensor names of its files on the hub, which every transformers reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vision, text = asdict(model.config.vision_config), asdict(model.config.text_config)
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": model.config.image_token_index,
+        "image_seq_length": model.config.num_image_tokens,
+        "vision_feature_layer": model.config.vision_feature_layer,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": vision["hidden_size"], **vision},
+        "text_config": {"model_type": "llama", **text, **tokens},
+        "torch_dtype": "float32",
+        **tokens,
+    }
+    size = {"height": SIZE, "width": SIZE}
+    pixels = {
+        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": SIZE}, "resample": 3, "do_center_crop": True, "crop_size": size,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [MEAN] * 3,
+        "image_std": [STD] * 3,
+    }  # fmt: skip
+    processor = {
+        "processor_class": "LlavaProcessor", "patch_size": PATCH, "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1, "image_token": "<image>",
+    }  # fmt: skip
+    words = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", "bos_token": "<s>",
+        "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>", "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    files = {
+        "config": config, "generation_config": tokens, "preprocessor_config": pixels, "processor_config": processor,
+        "tokenizer_config": words, "himap": {"template": TEMPLATE, "note": NOTE, "stages": SCHEDULE},
+    }  # fmt: skip
+    for name, data in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    state = {hub_name(name): p.detach().contiguous() for name, p in model.state_dict().items()}
+    d = model.config.vision_config.hidden_size  # never used by a LLaVA, but part of every CLIP file
+    state["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(d)
+    state["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(d)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    draw(make_scene(EXAMPLE_SEED)).save(folder / "example.png")
+
+
+def hub_name(name: str) -> str:
+    """One of our tensor names in llava-hf's."""
+    part, leaf = name.split(".", 1)
+    if part == "vision_tower":
+        return f"vision_tower.vision_model.{'encoder.' if leaf.startswith('layers.') else ''}{leaf}"
+    if part == "language_model" and not leaf.startswith("lm_head"):
+        return f"language_model.model.{leaf}"
+    return name
 
 
 # ---------------------------------------------------------------- running it
@@ -293,6 +360,13 @@ class Phase:
     plan: Plan
 
 
+def word_vectors(model: Llava, tokenizer) -> list[Tensor]:
+    """The decoder's vectors, as they are now, of the words of each group."""
+    vocabulary = model.language_model.embed_tokens.weight.detach()
+    ids = [[tokenizer.encode(f" {word}", add_special_tokens=False).ids[0] for word in group] for group in WORDS]
+    return [vocabulary[group].clone() for group in ids]
+
+
 def save_state(path: Path, phase: str, step: int, model: nn.Module, opts) -> None:
     """Written beside and renamed, so that a kill leaves the old state or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,8 +377,8 @@ def save_state(path: Path, phase: str, step: int, model: nn.Module, opts) -> Non
 
 @torch.no_grad()
 def evaluate(model: Llava, loader: DataLoader, prefix: Tensor, step_layer) -> dict[str, float]:
-    """Share of questions of each kind whose every answer token would be chosen greedily."""
-    hits, total = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
+    """Share of the answers' tokens that would be chosen greedily, by kind of question, on unseen scenes."""
+    hits, total = torch.zeros(len(KINDS) + 1), torch.zeros(len(KINDS) + 1)  # the last one: </s>
     for batch in loader:
         _, hit, kind = answer_loss(model, batch, prefix, step_layer)
         hits.index_add_(0, kind, hit.float())
@@ -312,70 +386,71 @@ def evaluate(model: Llava, loader: DataLoader, prefix: Tensor, step_layer) -> di
     return {name: round((hits[i] / total[i]).item(), 4) for i, name in enumerate(KINDS)}
 
 
-def train(args) -> None:
+def run_phase(phase: Phase, model: Llava, tokenizer, loss_of, check, state_path: Path, state: dict | None) -> None:
+    """Trains from the saved step, or from 0, to the phase's end; `check` is called after each save."""
+    opts, first = optimizers(model, phase.lr), 0
+    if state and state["phase"] == phase.name:
+        for opt, saved in zip(opts, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        first = state["step"]
+    data = Scenes(phase.plan, tokenizer, phase.steps * phase.batch)
+    rest = range(first * phase.batch, len(data))
+    loader = DataLoader(data, phase.batch, sampler=rest, num_workers=1, prefetch_factor=4)
+    progress = tqdm(loader, phase.name, initial=first, total=phase.steps, unit="step")
+    for step, batch in enumerate(progress, first):
+        for group in (group for opt in opts for group in opt.param_groups):
+            group["lr"] = phase.lr * learning_rate(step, phase.steps)
+        loss = loss_of(batch, step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if (step + 1) % 250 == 0 or step + 1 == phase.steps:
+            save_state(state_path, phase.name, step + 1, model, opts)
+            check(step + 1)
+
+
+def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = Llava(shapes_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")))
     init_weights(model, args.seed)
-    prefix = torch.tensor(tokenizer.encode(SYSTEM).ids)
+    vectors, prefix = word_vectors(model, tokenizer), torch.tensor(tokenizer.encode(SYSTEM).ids)
+    state = torch.load(args.state, weights_only=True) if args.state.exists() else None
+    if state:
+        model.load_state_dict(state["model"])
     step_layer = torch.compile(layer_forward) if args.compile else layer_forward
     if args.compile:
         for layer in model.vision_tower.layers:
             layer.compile()
-    vocab = model.language_model.embed_tokens.weight
-    vectors = [vocab.detach()[[tokenizer.encode(" " + w, add_special_tokens=False).ids[0] for w in g]].clone() for g in WORDS]
-    phases = [
-        Phase("align", args.align_steps, 32, 2e-3, Plan(0, ((0, 5),), 32)),
-        Phase("answer", args.steps, 32, args.lr, Plan(100_000_000, ((0, 2), (400, 3), (1000, 5)), 32)),
-    ]
-    state = torch.load(args.state, weights_only=True) if args.state.exists() else None
-    check = DataLoader(Scenes(Plan(UNSEEN, ((0, 5),), 32), tokenizer, 256), batch_size=32)
-    log = open(args.state.with_suffix(".jsonl"), "a") if args.state.parent.mkdir(parents=True, exist_ok=True) is None else None
-    for phase in phases:
-        if state and state["phase"] != phase.name and phase.name == "align":
-            continue
-        opts = optimizers(model, phase.lr)
-        first = 0
-        if state and state["phase"] == phase.name:
-            model.load_state_dict(state["model"])
-            for opt, saved in zip(opts, state["optimizers"], strict=True):
-                opt.load_state_dict(saved)
-            first = state["step"]
-        data = Scenes(phase.plan, tokenizer, phase.steps * phase.batch)
-        order = range(first * phase.batch, len(data))
-        loader = DataLoader(data, batch_size=phase.batch, sampler=order, num_workers=1, prefetch_factor=4)
-        began = time.time()
-        for step, batch in enumerate(loader, first):
-            for opt in opts:
-                for group in opt.param_groups:
-                    group["lr"] = phase.lr * learning_rate(step, phase.steps)
-            if phase.name == "align":
-                loss, hits = align_loss(model, batch, vectors)
-            else:
-                loss, hit, kind = answer_loss(model, batch, prefix, step_layer)
-                hits = {name: round(hit[kind == i].float().mean().item(), 3) for i, name in enumerate(KINDS)}
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for opt in opts:
-                opt.step()
-                opt.zero_grad()
-            if step % 20 == 0:
-                line = {"phase": phase.name, "step": step, "loss": round(loss.item(), 4), **hits, "s": round(time.time() - began)}
-                print(json.dumps(line), flush=True)
-            if (step + 1) % 250 == 0 or step + 1 == phase.steps:
-                save_state(args.state, phase.name, step + 1, model, opts)
-                if phase.name == "answer":
-                    line = {"step": step + 1, "unseen": evaluate(model, check, prefix, step_layer)}
-                    log.write(json.dumps(line) + "\n"), log.flush()
-                    print(json.dumps(line), flush=True)
+    unseen = DataLoader(Scenes(Plan(UNSEEN, ((0, 5),), 32), tokenizer, 256), batch_size=32)
+
+    def align(batch: dict, step: int) -> Tensor:
+        return align_loss(model, batch, vectors)
+
+    def answer(batch: dict, step: int) -> Tensor:
+        return answer_loss(model, batch, prefix, step_layer, SLOW_KINDS if step >= SLOW_KINDS_FROM else None)[0]
+
+    def check(step: int) -> None:
+        print(json.dumps({"step": step, "unseen": evaluate(model, unseen, prefix, step_layer)}), flush=True)
+
+    if state is None or state["phase"] == "align":
+        phase = Phase("align", args.align_steps, 32, 2e-3, Plan(0, ((0, 5),), 32))
+        run_phase(phase, model, tokenizer, align, lambda step: None, args.state, state)
+    phase = Phase("answer", args.steps, 32, args.lr, Plan(100_000_000, ((0, 2), (300, 3), (600, 5)), 32))
+    run_phase(phase, model, tokenizer, answer, check, args.state, state)
+    export(model.eval(), tokenizer, args.out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--state", type=Path, default=Path("runs/train.pt"))
+    parser.add_argument("--out", type=Path, default=Path("weights/shapes"), help="where the finished model goes")
+    parser.add_argument("--state", type=Path, default=Path("runs/train.pt"), help="saved every 250 steps, resumed from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--align-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--align-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused kernel's backward is the slower one

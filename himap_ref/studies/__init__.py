@@ -1,0 +1,1 @@
+"""Tools beside the core: they use its public names, and it never imports them."""

@@ -1,0 +1,125 @@
+"""What `run.py` shows of an answer: a JSON object, tables, and the picture with the patches that each stage kept."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from PIL import Image, ImageDraw
+
+from ..config import LlavaConfig
+from ..flops import kv_cache_bytes, layer_flops
+from ..model import Answer, Llava
+from ..pruning import Trace
+from .scenes import COLORS
+
+PANEL = 336  # pixels a side of each panel of `draw_kept`
+
+
+def as_json(config: LlavaConfig, answer: Answer, seconds: dict[str, float], vanilla: Answer | None = None) -> dict:
+    """Everything known of an answer, as `run.py --json` prints it. FLOPs: a multiply-add is 2."""
+    f, text = answer.flops, config.text_config
+    layers = [
+        {"layer": i, "tokens_in": layer.kv, **asdict(layer), "flops": sum(layer_flops(text, layer).values())}
+        for i, layer in enumerate(answer.trace.layers)
+    ]
+    result = {
+        "answer": answer.text,
+        "token_ids": answer.token_ids,
+        "finish": answer.finish,
+        "prompt_tokens": len(answer.prompt_ids),
+        "image_span": answer.image_span and list(answer.image_span),
+        "stages": [{"layer": s.layer, "score": s.score, "kept": s.kept.tolist()} for s in answer.trace.stages],
+        "layers": layers,
+        "flops": {
+            "vision": f.vision, "projector": f.projector, "prefill": f.prefill, "decode": sum(f.decode),
+            "total": f.total, "total_macs": f.macs, "vanilla_total": f.vanilla_total, "ratio": f.ratio,
+            "decoder_ratio": f.decoder_ratio,
+        },
+        "kv_cache_bytes": kv_cache_bytes(text, answer.trace.layers),
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+    }  # fmt: skip
+    if vanilla:
+        result["vanilla"] = {"answer": vanilla.text, "token_ids": vanilla.token_ids, "seconds": vanilla.seconds}
+        result["agree"] = vanilla.text == answer.text
+    return result
+
+
+def summary(result: dict) -> str:
+    """One line: tokens, FLOPs, seconds."""
+    f, s, span = result["flops"], result["seconds"], result["image_span"]
+    tokens = [f"{span[1] - span[0]}" if span else "no", *(str(len(stage["kept"])) for stage in result["stages"])]
+    return (
+        f"[{' -> '.join(tokens)} image tokens of {result['prompt_tokens']}; {amount(f['total'])}FLOPs "
+        f"({amount(f['total_macs'])}MACs), {f['ratio']:.1%} of vanilla, decoder {f['decoder_ratio']:.1%}; "
+        f"load {s['load']:.2f} s, vision {s['vision']:.3f} s, prefill {s['prefill']:.3f} s, decode {s['decode']:.3f} s]"
+    )
+
+
+def amount(number: float) -> str:
+    """1234567 -> "1.235 M"."""
+    units = ["T", "G", "M", "k", ""]
+    while number >= 1000 and len(units) > 1:
+        number, _ = number / 1000, units.pop()
+    return f"{number:.4g} {units[-1]}"
+
+
+def layer_table(result: dict) -> str:
+    """Tokens that entered each part of each layer of the prefill, and its FLOPs."""
+    stage_at = {stage["layer"]: stage for stage in result["stages"]}
+    lines = ["layer  tokens in  queries  ranking rows  attention+mlp rows      FLOPs"]
+    for layer in result["layers"]:
+        if stage := stage_at.get(layer["layer"]):
+            lines.append(f"       -- stage: {len(stage['kept'])} image tokens kept by {stage['score']}")
+        lines.append(
+            f"{layer['layer']:5}  {layer['tokens_in']:9}  {layer['q']:7}  {layer['score_rows']:12}  {layer['rows']:18}"
+            f"  {amount(layer['flops']):>9}"
+        )
+    return "\n".join(lines)
+
+
+def compare_table(pruned: Answer, vanilla: Answer) -> str:
+    """Vanilla beside pruned."""
+    same = sum(1 for a, b in zip(pruned.token_ids, vanilla.token_ids, strict=False) if a == b)
+    rows = [("", "pruned", "vanilla"), ("answer", pruned.text, vanilla.text)]
+    rows += [("FLOPs", amount(pruned.flops.total), amount(vanilla.flops.total))]
+    for part in ("prefill", "decode"):
+        rows.append((f"{part} s", f"{pruned.seconds[part]:.3f}", f"{vanilla.seconds[part]:.3f}"))
+    wide = max(len(row[1]) for row in rows)
+    lines = [f"{name:10} {a:{wide}}  {b}".rstrip() for name, a, b in rows]
+    verdict = "same answer" if pruned.text == vanilla.text else f"different answers, {same} tokens in common"
+    ratio = pruned.flops.total / vanilla.flops.total
+    return "\n".join([*lines, f"agreement  {verdict}; total FLOPs {ratio:.1%} of vanilla"])
+
+
+def draw_kept(model: Llava, image: Image.Image, trace: Trace) -> Image.Image:
+    """Panels side by side: the picture as the model sees it, then after each stage, dropped patches faded out."""
+    config, frame = model.config, model.image_processor.frame(image).resize((PANEL, PANEL), Image.Resampling.NEAREST)
+    grid = config.vision_config.image_size // config.vision_config.patch_size
+    first = config.num_image_tokens - grid * grid  # 1 if the class token is image token 0
+    panels = [frame]
+    for stage in trace.stages:
+        mask = Image.new("1", (grid, grid), 1)
+        for token in stage.kept.tolist():
+            if token >= first:
+                mask.putpixel(((token - first) % grid, (token - first) // grid), 0)
+        panel = frame.copy()
+        panel.paste(Image.blend(frame, Image.new("RGB", frame.size, "gray"), 0.85), mask=mask.resize(frame.size))
+        panels.append(panel)
+    sheet = Image.new("RGB", (len(panels) * (PANEL + 8) - 8, PANEL + 18), "white")
+    pen = ImageDraw.Draw(sheet)
+    captions = ["all image tokens", *(f"layer {s.layer}: {len(s.kept)} by {s.score}" for s in trace.stages)]
+    for i, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        sheet.paste(panel, (i * (PANEL + 8), 18))
+        pen.text((i * (PANEL + 8) + 2, 3), caption, fill="black")
+    return sheet
+
+
+def looks_drawn(image: Image.Image) -> bool:
+    """Whether nearly all pixels are pale or of one of the scenes' colours, as in no photograph."""
+    raw = image.resize((64, 64), Image.Resampling.NEAREST).tobytes()
+    pixels = list(zip(raw[0::3], raw[1::3], raw[2::3], strict=True))
+    return sum(map(_is_drawn, pixels)) > 0.9 * len(pixels)
+
+
+def _is_drawn(pixel: tuple[int, int, int]) -> bool:
+    return min(pixel) > 190 or any(max(abs(a - b) for a, b in zip(pixel, c, strict=True)) < 24 for c in COLORS.values())

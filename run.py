@@ -1,0 +1,113 @@
+"""Ask a picture a question. `python run.py` alone runs the small embedded model on its example picture.
+
+Standard output holds the answer (or, with --json, one JSON object) and nothing else; notes and tables go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+EMBEDDED = Path(__file__).parent / "weights" / "shapes"
+EXAMPLE = (EMBEDDED / "example.png", "What color is the star?")
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Ask a picture a question, with HiMAP pruning its image tokens.")
+    add = p.add_argument
+    add("--weights", default=EMBEDDED, help="folder, hub id, llava-1.5-7b, llava-1.5-13b (default: the embedded model)")
+    add("--revision", help="branch, tag or commit of a hub repository")
+    add("--image", help="picture file, or 'none' for text only (default: the embedded model's example)")
+    add("--prompt", help="the question")
+    add("--template", help="vicuna_v1, llava-hf, shapes, or text with <image> and {question} (default: the model's)")
+    add("--method", default="himap", choices=("himap", "fastv", "random", "none"), help="default: himap")
+    add("--stages", help='LAYER:KEEP:SCORE,... instead of --method: "2:0.5:text_to_image,8:72:image_to_image"; KEEP '
+        "with a point is a share, else a count; SCORE is a name or your own module:function")
+    add("--max-new-tokens", type=int, default=128)
+    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0, help="of sampling and of --method random")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32, bfloat16 for other --weights")
+    add("--reprune", action="store_true", help="no cache, rank anew for every token, as the official code does")
+    add("--compare", action="store_true", help="also run without pruning and set both side by side")
+    add("--show", metavar="FILE.png", type=Path, help="write the picture with the patches that each stage kept")
+    add("--trace", action="store_true", help="print tokens and FLOPs layer by layer")
+    add("--json", action="store_true", help="print one JSON object instead of the answer")
+    return p.parse_args()  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch  # here, so that --help and wrong arguments answer at once
+
+    from himap_ref import HimapError, Llava
+    from himap_ref.image import load_image
+    from himap_ref.prompt import TEMPLATES
+    from himap_ref.studies import report
+
+    embedded = Path(args.weights).resolve() == EMBEDDED.resolve()
+    if (args.image is None) != (args.prompt is None) or args.image is None and not embedded:
+        raise HimapError("--image FILE (or none) and --prompt QUESTION: give both, or neither to see the example")
+    image, prompt = EXAMPLE if args.image is None else (args.image, args.prompt)
+    image = None if image == "none" else load_image(image)
+
+    start = time.perf_counter()
+    dtype = getattr(torch, args.dtype or ("float32" if embedded else "bfloat16"))
+    model = Llava.from_pretrained(args.weights, dtype, args.device, args.revision)
+    seconds = {"load": time.perf_counter() - start}
+    if args.template:
+        model.template = TEMPLATES.get(args.template, args.template)
+    if embedded and image is not None and not report.looks_drawn(image):
+        print("note: " + model.card["note"], file=sys.stderr)
+
+    ask = partial(
+        model.generate, image, prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        top_p=args.top_p, seed=args.seed, reprune=args.reprune,
+    )  # fmt: skip
+    answer = ask(choose_stages(args, model.card), on_text=None if args.json else partial(print, end="", flush=True))
+    if not args.json:
+        print(flush=True)
+    vanilla = ask(()) if args.compare else None
+
+    result = report.as_json(model.config, answer, {**seconds, **answer.seconds}, vanilla)
+    if args.show and image is not None:
+        report.draw_kept(model, image, answer.trace).save(args.show)
+    if args.trace:
+        print(report.layer_table(result), file=sys.stderr)
+    if answer.finish != "eos":
+        limit = "--max-new-tokens" if answer.finish == "length" else "the end of the model's context"
+        print(f"note: the answer stops at {limit}", file=sys.stderr)
+    print(report.compare_table(answer, vanilla) if vanilla else report.summary(result), file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
+
+
+def choose_stages(args: argparse.Namespace, card: dict):
+    """--stages, else --method; "himap" is the schedule that the weights recommend for themselves, if they do."""
+    from himap_ref import Stage
+    from himap_ref.studies.methods import METHODS, parse_stages, random
+
+    if args.stages is not None:
+        return parse_stages(args.stages)
+    if args.method == "himap" and "stages" in card:
+        return parse_stages(card["stages"], trusted=False)
+    if args.method == "random":
+        return tuple(Stage(s.layer, s.keep, partial(random, seed=args.seed)) for s in METHODS["random"])
+    return METHODS[args.method]
+
+
+if __name__ == "__main__":
+    from himap_ref.errors import HimapError
+
+    sys.path.insert(0, ".")  # so that --stages finds module:function in the current folder
+    try:
+        main(parse_args())
+    except HimapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

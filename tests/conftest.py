@@ -1,0 +1,75 @@
+"""Shared fixtures: the golden data of the official code, and small random models."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from himap_ref import LlamaDecoder, Llava, LlavaConfig, TextConfig, VisionConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def fill(module, seed=0):
+    """Random weights under which every part matters: norms away from 1, biases away from 0, attention far from flat."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(module.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.data = 1 + 0.3 * noise
+        elif parameter.dim() == 1:
+            parameter.data = 0.2 * noise
+        else:
+            gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+            parameter.data = gain * noise / parameter[0].numel() ** 0.5
+    return module.requires_grad_(False).eval()
+
+
+def tiny_text_config(**changes):
+    values = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    return TextConfig(**values | changes)
+
+
+@pytest.fixture
+def tiny_decoder():
+    """Factory: changes to the text config -> a random fp32 decoder."""
+    return lambda seed=0, **changes: fill(LlamaDecoder(tiny_text_config(**changes)), seed)
+
+
+@pytest.fixture
+def tiny_llava():
+    """Factory: changes to the text and vision configs and to the config around them -> a random fp32 LLaVA."""
+
+    def build(text=None, vision=None, seed=0, **changes):
+        values = {
+            "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 3,
+            "image_size": 20, "patch_size": 5,
+        }  # fmt: skip
+        vision_config = VisionConfig(**values | (vision or {}))
+        config = LlavaConfig(vision_config, tiny_text_config(**text or {}), image_token_index=96, **changes)
+        return fill(Llava(config), seed)
+
+    return build
+
+
+@pytest.fixture
+def embeddings():
+    """Factory: (B, n, d) random prompt."""
+    return lambda B, n, d=32, seed=1: torch.randn(B, n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def official():
+    """The decoder whose results under the official code are recorded in golden/."""
+    data = json.loads((GOLDEN / "model.config.json").read_text())
+    config = TextConfig(**{field.name: data[field.name] for field in fields(TextConfig) if field.name in data})
+    decoder = LlamaDecoder(config)
+    weights = load_file(GOLDEN / "model.safetensors")
+    decoder.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+    return decoder.requires_grad_(False).eval()

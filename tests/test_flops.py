@@ -1,0 +1,213 @@
+"""The count of FLOPs against torch's own counter, and against the numbers in print."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from himap_ref import (
+    HIMAP,
+    HIMAP_CAPTION,
+    LLAVA_1_5_7B,
+    LLAVA_1_5_13B,
+    HimapError,
+    Stage,
+    image_to_image,
+    text_to_image,
+)
+from himap_ref.flops import (
+    count_flops,
+    kv_cache_bytes,
+    layer_flops,
+    lm_head_flops,
+    pass_flops,
+    plan_decode,
+    plan_prefill,
+    projector_flops,
+    vision_flops,
+)
+from himap_ref.generation import generate
+from himap_ref.studies.literature import definitions, paper_flops, three_matrix_layer, tokens_per_layer
+from himap_ref.studies.methods import FASTV, all_to_image, last_to_image, random
+
+CONFIG_7B, CONFIG_13B = LLAVA_1_5_7B.text_config, LLAVA_1_5_13B.text_config
+
+
+def counted(function, *args):
+    """Its FLOPs by torch's counter (which sees attention only as plain matrix products), and its result."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = function(*args)
+    return counter.get_total_flops(), result
+
+
+def both_ways(view):
+    """A score of a user's own that looks at the attention twice."""
+    return text_to_image(view) - view.attention(view.last, view.image)[:, 0]
+
+
+TWO = Stage(1, 0.5, text_to_image), Stage(3, 0.25, image_to_image)
+CASES = {
+    "plain, no stage": ({}, ()),
+    "two stages": ({}, TWO),
+    "grouped-query": ({"text": {"num_key_value_heads": 2}}, TWO),
+    "one kv head": ({"text": {"num_key_value_heads": 1}}, (Stage(2, 5, last_to_image),)),
+    "tied embeddings": ({"text": {"tie_word_embeddings": True}}, TWO),
+    "linear projector": ({"projector_type": "linear"}, (Stage(4, 3, all_to_image),)),
+    "full strategy": ({"vision_feature_select_strategy": "full"}, (*TWO, Stage(4, 1, last_to_image))),
+    "last vision layer": ({"vision_feature_layer": -1}, (Stage(1, 9, random), Stage(2, 4, all_to_image))),
+    "first vision layer": ({"vision_feature_layer": 1, "vision": {"patch_size": 4}}, (Stage(2, 0.5, both_ways),)),
+    "no vision layer": ({"vision_feature_layer": 0}, (Stage(1, 1, image_to_image), Stage(4, 1, text_to_image))),
+    "wide heads": ({"text": {"head_dim": 12, "num_hidden_layers": 3}}, (Stage(2, 16, image_to_image),)),
+    "one layer": ({"text": {"num_hidden_layers": 1}}, ()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_torchs_counter(tiny_llava, embeddings, case):
+    """Any matrix product forgotten, counted twice, or with another number of rows."""
+    changes, stages = CASES[case]
+    model = tiny_llava(**changes)
+    config, decoder = model.config, model.language_model
+    flops, features = counted(model.vision_tower, embeddings(3, 20, 20)[None])
+    assert flops == vision_flops(config)
+    flops, image = counted(model.multi_modal_projector, features)
+    assert flops == projector_flops(config)
+    x = torch.cat((embeddings(1, 3), image, embeddings(1, 6)), dim=1)
+    span, n = (3, 3 + config.num_image_tokens), x.shape[1]
+    flops, out = counted(decoder, x, span, stages)
+    plan = plan_prefill(config.text_config, span, n, stages)
+    assert plan == out.trace.layers
+    assert flops == pass_flops(config.text_config, out.trace.layers) == pass_flops(config.text_config, plan)
+    for step, planned in enumerate(plan_decode(plan, 3)):
+        flops, (_, layers) = counted(decoder.decode, embeddings(1, 1, seed=step), n + step, out.cache)
+        assert layers == planned
+        assert flops == pass_flops(config.text_config, layers)
+
+
+@pytest.mark.parametrize("reprune", [False, True])
+def test_whole_answer(tiny_llava, embeddings, reprune):
+    """Steps left out of an answer's sum, or compared with an unpruned run of another length."""
+    model, span = tiny_llava(), (3, 19)
+    config, text, x = model.config, model.config.text_config, embeddings(1, 25)
+    flops, out = counted(lambda: generate(model.language_model, x, span, TWO, 4, reprune=reprune))
+    vanilla, _ = counted(lambda: generate(model.language_model, x, span, (), 4))
+    decode = [trace.layers for trace in out.traces[1:]] if reprune else out.decode_layers
+    answer = count_flops(config, 25, span, out.traces[0].layers, decode)
+    assert len(answer.decode) == 3
+    assert answer.total == flops + vision_flops(config) + projector_flops(config) == answer.macs * 2
+    assert answer.vanilla_total == vanilla + vision_flops(config) + projector_flops(config)
+    assert answer.decoder_ratio == flops / vanilla and answer.ratio == answer.total / answer.vanilla_total
+    blind = count_flops(config, 25, None, plan_prefill(text, (25, 25), 25), ())
+    assert blind.total == blind.vanilla_total == pass_flops(text, plan_prefill(text, (25, 25), 25))
+
+
+def test_parts_of_a_layer():
+    """Parts that add up though two of them are swapped."""
+    d, m, n = 4096, 11008, 622
+    layer = plan_prefill(CONFIG_7B, (36, 612), n, HIMAP)[1]
+    left = n - 288
+    assert layer_flops(CONFIG_7B, layer) == {
+        "q_proj": 2 * n * d * d, "k_proj": 2 * n * d * d, "v_proj": 2 * n * d * d, "ranking": 2 * 10 * n * d,
+        "scores": 2 * left * n * d, "weighted_sum": 2 * left * n * d, "o_proj": 2 * left * d * d,
+        "mlp": 6 * left * d * m,
+    }  # fmt: skip
+    assert lm_head_flops(CONFIG_7B) == 2 * 4096 * 32064
+
+
+def test_scores_that_need_data():
+    """A plan made up for a score whose cost cannot be known without running it."""
+
+    def depends(view):
+        if view.attention(view.last, view.image).max() > 0.5:
+            return view.attention(view.all, view.image).sum(1)
+        return view.attention(view.last, view.image).sum(1)
+
+    with pytest.raises(HimapError, match="depends on data"):
+        plan_prefill(CONFIG_7B, (36, 612), 622, (Stage(2, 0.5, depends),))
+
+
+@pytest.mark.parametrize("stages", [(), TWO])
+def test_kv_cache_bytes(tiny_decoder, embeddings, stages):
+    """A cache taken for smaller than it is: the layer that ranks still holds what it drops."""
+    decoder = tiny_decoder(num_key_value_heads=2)
+
+    def held(cache):
+        return sum(t.nbytes for layer in cache for t in (layer.k, layer.v))
+
+    out = decoder(embeddings(1, 25), (3, 19), stages)
+    assert kv_cache_bytes(decoder.config, out.trace.layers, 4) == held(out.cache)
+    _, layers = decoder.decode(embeddings(1, 1), 25, out.cache)
+    assert kv_cache_bytes(decoder.config, layers, 4) == held(out.cache)
+    assert kv_cache_bytes(decoder.config, layers) * 2 == held(out.cache)
+
+
+# ---------------------------------------------------------------- numbers in print (LLaVA-1.5)
+
+
+@pytest.mark.parametrize(
+    "tokens, two, three", [(576, 2.986, 3.817), (192, 0.976, 1.253), (128, 0.649, 0.833), (64, 0.323, 0.416)]
+)
+def test_table_of_the_literature(tokens, two, three):
+    """One definition under the name of the other, or not the one that papers print (T, 7B, image tokens only)."""
+    assert paper_flops(CONFIG_7B, [tokens] * 32) / 1e12 == pytest.approx(two, abs=5e-4)
+    assert paper_flops(CONFIG_7B, [tokens] * 32, three_matrix_layer) / 1e12 == pytest.approx(three, abs=5e-4)
+
+
+def test_whole_prompts_of_the_literature():
+    """The definitions that count text too: 3.23 T for 36 + 576 + 10 tokens, and VTW's 8.48 T for a usual prompt."""
+    assert paper_flops(CONFIG_7B, [622] * 32) / 1e12 == pytest.approx(3.23, abs=5e-3)
+    fits = []
+    for others in range(200):
+        every_row = 2 * paper_flops(CONFIG_7B, [576 + others] * 32, three_matrix_layer)
+        if abs(every_row + lm_head_flops(CONFIG_7B, 576 + others) - 8.48e12) < 0.01e12:
+            fits.append(others)
+    assert fits and all(35 <= others <= 60 for others in fits)
+    named = definitions(CONFIG_7B, (), 36, 576, fits[0] - 36)
+    (vtw,) = (value for name, value in named.items() if "VTW" in name)
+    assert vtw == pytest.approx(8.48e12, abs=0.01e12)
+
+
+@pytest.mark.parametrize("config, ratio", [(CONFIG_7B, 0.246), (CONFIG_13B, 0.222)], ids=["7B", "13B"])
+def test_himaps_ratio(config, ratio):
+    """Stages that take effect a layer early or late: the paper's ratio (its eq. 10) would change."""
+    tokens = tokens_per_layer(HIMAP, 576, config.num_hidden_layers)
+    assert tokens[:9] == [576] * 2 + [288] * 6 + [72] and tokens[-1] == 72
+    vanilla = paper_flops(config, [576] * config.num_hidden_layers)
+    assert paper_flops(config, tokens) / vanilla == pytest.approx(ratio, abs=5e-4)
+    (named,) = (v for k, v in definitions(config, HIMAP, 36, 576, 10).items() if "the paper's" in k)
+    assert named == paper_flops(config, tokens) / vanilla
+
+
+@pytest.mark.parametrize("text, ratio", [(40, 0.294), (64, 0.319), (100, 0.355), (150, 0.398)])
+def test_himaps_ratio_with_text(text, ratio):
+    """Text taken for prunable."""
+    tokens = [text + n for n in tokens_per_layer(HIMAP, 576, 32)]
+    assert paper_flops(CONFIG_7B, tokens) / paper_flops(CONFIG_7B, [text + 576] * 32) == pytest.approx(ratio, abs=5e-4)
+
+
+@pytest.mark.parametrize("stages, mean", [(HIMAP, 144.0), (HIMAP_CAPTION, 191.25), (FASTV, 306.0), ((), 576.0)])
+def test_mean_image_tokens(stages, mean):
+    """The literature's budget ("192 tokens") computed in another way."""
+    tokens = tokens_per_layer(stages, 576, 32)
+    assert sum(tokens) / 32 == mean == definitions(CONFIG_7B, stages, 36, 576, 10)["mean image tokens per layer"]
+
+
+def test_vision_and_projector():
+    """All 24 layers counted, though the features are those of layer 23; MACs taken for FLOPs."""
+    assert vision_flops(LLAVA_1_5_7B) / 1e12 == pytest.approx(0.37, abs=5e-3)
+    assert projector_flops(LLAVA_1_5_7B) / 1e12 == pytest.approx(0.024, abs=5e-4)
+
+
+def test_executed_is_below_the_papers_order():
+    """The saving of the layer that ranks (its losers skip the MLP) lost, or taken for more than it is."""
+    span, n, one = (36, 612), 622, 6 * 4096 * 11008 + 2 * 4096**2
+    for stages in (HIMAP, HIMAP_CAPTION):
+        whole = [46 + tokens for tokens in tokens_per_layer(stages, 576, 32)]
+        plan = plan_prefill(CONFIG_7B, span, n, stages)
+        assert [layer.keys for layer in plan] == whole
+        assert [layer.rows for layer in plan] == [*whole[1:], 1]
+        full = [type(layer)(n, n, layer.score_rows, n, n) for layer, n in zip(plan, whole, strict=True)]
+        skipped = sum(a.rows - b.rows for a, b in zip(full, plan, strict=True))
+        saved = pass_flops(CONFIG_7B, full) - pass_flops(CONFIG_7B, plan)
+        pairs = sum((a.rows - b.rows) * a.keys for a, b in zip(full, plan, strict=True))
+        assert saved == skipped * one + pairs * 4 * 4096 + (whole[-1] - 1) * 2 * 4096**2

@@ -1,0 +1,211 @@
+"""Pictures without transformers: every kind of file becomes upright RGB, and the pixel formula is LLaVA's."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+from PIL import Image
+from toys import noise
+
+from himap_ref import HimapError
+from himap_ref.image import ImageProcessor, load_image
+
+RED, GREEN, BLUE, WHITE = (250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 250)
+
+
+def corners(image: Image.Image) -> list[tuple[int, ...]]:
+    """Top left, top right, bottom left, bottom right, rounded so that JPEG's losses do not show."""
+    w, h = image.size
+    places = ((4, 4), (w - 5, 4), (4, h - 5), (w - 5, h - 5))
+    return [tuple(250 if level > 128 else 10 for level in image.getpixel(place)) for place in places]
+
+
+def four_colours() -> Image.Image:
+    image = Image.new("RGB", (64, 32))
+    for place, colour in zip(((0, 0), (32, 0), (0, 16), (32, 16)), (RED, GREEN, BLUE, WHITE), strict=True):
+        image.paste(colour, (*place, place[0] + 32, place[1] + 16))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [
+        (1, [RED, GREEN, BLUE, WHITE]),
+        (2, [GREEN, RED, WHITE, BLUE]),
+        (3, [WHITE, BLUE, GREEN, RED]),
+        (6, [BLUE, RED, WHITE, GREEN]),  # a phone held upright: turn by 90 degrees clockwise
+        (8, [GREEN, WHITE, RED, BLUE]),
+    ],
+)
+@pytest.mark.parametrize("opened", [False, True])
+def test_exif_orientation(tmp_path, orientation, expected, opened):
+    """Phone photographs would be shown to the model lying on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.jpg"
+    four_colours().save(path, exif=exif, quality=95, subsampling=0)
+    image = load_image(Image.open(path) if opened else path)
+    assert image.mode == "RGB"
+    assert image.size == ((32, 64) if orientation > 4 else (64, 32))
+    assert corners(image) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGB", (200, 100, 50), (200, 100, 50)),
+        ("RGBA", (200, 100, 50, 0), (200, 100, 50)),  # alpha dropped, not blended, as transformers does
+        ("L", 90, (90, 90, 90)),
+        ("LA", (90, 3), (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("I;16", 0x8000, (128, 128, 128)),
+        ("I;16", 0xFFFF, (255, 255, 255)),
+        ("I;16", 0x01FF, (1, 1, 1)),
+        ("I", 0x4000, (64, 64, 64)),
+    ],
+)
+def test_modes(tmp_path, mode, colour, expected):
+    """A mode with other than three bytes a pixel would crash the encoder, be clipped to white or be misread."""
+    image = Image.new(mode, (6, 5), colour)
+    path = tmp_path / f"picture.{'tiff' if mode in ('CMYK', 'I') else 'png'}"
+    image.save(path)
+    for source in (path, str(path), image):
+        loaded = load_image(source)
+        assert (loaded.mode, loaded.size) == ("RGB", (6, 5))
+        assert loaded.getpixel((2, 3)) == expected
+
+
+def test_sixteen_bit_levels_stay_ordered(tmp_path):
+    """Pillow's own conversion clips 16-bit levels to 255, which turns X-rays and depth maps white."""
+    image = Image.new("I;16", (16, 1))
+    for x in range(16):
+        image.putpixel((x, 0), x * 4096 + 17)
+    image.save(tmp_path / "depth.png")
+    loaded = load_image(tmp_path / "depth.png")
+    assert [loaded.getpixel((x, 0))[0] for x in range(16)] == [x * 16 for x in range(16)]
+
+
+def test_palette(tmp_path):
+    """Palette indices would be taken for grey levels."""
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 12, 200, 34])
+    image.save(tmp_path / "palette.png")
+    assert load_image(tmp_path / "palette.png").getpixel((1, 1)) == (12, 200, 34)
+
+
+def test_animation_gives_first_frame(tmp_path):
+    """Another frame than the first would be described."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:], duration=50)
+    assert Image.open(tmp_path / "moving.gif").n_frames == 3
+    assert load_image(tmp_path / "moving.gif").getpixel((3, 3)) == (255, 0, 0)
+
+
+BAD_FILES = ["text", "empty", "truncated png", "truncated jpeg", "broken png", "missing", "folder"]
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_unreadable_file_is_named(tmp_path, kind):
+    """A damaged file in a data set of thousands would end in a Pillow traceback that does not say which one."""
+    path = tmp_path / "picture-17.png"
+    if kind == "text":
+        path.write_text("not a picture")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        buffer = io.BytesIO()
+        noise(64, 64).save(buffer, "JPEG" if "jpeg" in kind else "PNG")
+        data = buffer.getvalue()
+        half = len(data) // 2
+        path.write_bytes(data[:half] if "truncated" in kind else data[:60] + bytes(90) + data[150:])
+    with pytest.raises(HimapError, match=re.escape("picture-17.png")):
+        load_image(path)
+
+
+@pytest.mark.parametrize("size", [(1, 40000), (40000, 1)])
+def test_narrow_picture_is_refused(size):
+    """A strip would be blown up to gigapixels and end the process for lack of memory."""
+    with pytest.raises(HimapError, match=f"{size[0]} x {size[1]}.*narrow"):
+        ImageProcessor()(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 128, 250)])
+def test_pixel_formula(colour):
+    """Wrong constants, their order, or BGR instead of RGB."""
+    pixels = ImageProcessor()(Image.new("RGB", (50, 40), colour))
+    assert pixels.shape == (1, 3, 336, 336)
+    assert pixels.dtype == torch.float32
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    for channel in range(3):
+        expected = (colour[channel] / 255 - mean[channel]) / std[channel]
+        assert pixels[0, channel].min().item() == pytest.approx(expected, abs=1e-6)
+        assert pixels[0, channel].max().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_rows_and_columns_stay_in_place():
+    """Height and width exchanged, or a mirrored picture."""
+    raw = {"rescale_factor": 1.0, "image_mean": (0,) * 3, "image_std": (1,) * 3}
+    processor = ImageProcessor(shortest_edge=None, crop_size=None, **raw)
+    image = noise(5, 3)
+    pixels = processor(image)
+    assert pixels.shape == (1, 3, 3, 5)
+    for x in range(5):
+        for y in range(3):
+            assert tuple(pixels[0, :, y, x].tolist()) == image.getpixel((x, y))
+
+
+@pytest.mark.parametrize("size", [(300, 100), (100, 300)])
+def test_crop_takes_the_middle(size):
+    """The picture's start instead of its middle, or squeezing instead of cropping."""
+    image = Image.new("RGB", size, (255, 0, 0))
+    image.paste((0, 0, 255), (100, 0, 200, 100) if size[0] > size[1] else (0, 100, 100, 200))  # the middle third
+    frame = ImageProcessor(shortest_edge=100, crop_size=(100, 100)).frame(image)
+    assert frame.size == (100, 100)
+    assert {frame.getpixel(place) for place in ((0, 0), (99, 99), (50, 50))} == {(0, 0, 255)}
+
+
+@pytest.mark.parametrize(("size", "corner"), [((20, 11), (0, 4)), ((11, 20), (4, 0)), ((7, 7), (0, 0))])
+def test_pad_to_square(size, corner):
+    """A picture put into a corner of the square, or padded with black instead of the encoder's mean colour."""
+    image = noise(*size)
+    mean_colour = (122, 116, 104)
+    processor = ImageProcessor(shortest_edge=None, crop_size=None, do_pad=True)
+    square, side = processor.frame(image), max(size)
+    assert square.size == (side, side)
+    box = (*corner, corner[0] + size[0], corner[1] + size[1])
+    assert square.crop(box).tobytes() == image.tobytes()
+    outside = [square.getpixel((x, y)) for x in range(side) for y in range(side)
+               if not (box[0] <= x < box[2] and box[1] <= y < box[3])]  # fmt: skip
+    assert set(outside) <= {mean_colour}
+    assert len(outside) == side * side - size[0] * size[1]
+
+
+def test_crop_larger_than_the_picture():
+    """A picture smaller than the crop would shift by a pixel or wrap around."""
+    processor = ImageProcessor(shortest_edge=None, crop_size=(8, 8))
+    framed = processor.frame(Image.new("RGB", (3, 4), WHITE))
+    white = [(x, y) for x in range(8) for y in range(8) if framed.getpixel((x, y)) == WHITE]
+    assert white == [(x, y) for x in range(3, 6) for y in range(2, 6)]
+
+
+def test_settings_of_the_file():
+    """One of the spellings of preprocessor_config.json would give another size, or a switched-off step would run."""
+    read = ImageProcessor.from_dict
+    long_form = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    assert read({"size": 28, "crop_size": 28}) == read(long_form)
+    assert read({"size": 28, "crop_size": 28}).shortest_edge == 28
+    assert read({"size": 336, "crop_size": 336}) == ImageProcessor()
+    assert read({"size": {"height": 30, "width": 40}, "do_center_crop": False}).frame(noise(9, 9)).size == (40, 30)
+    assert read({"do_resize": False, "do_center_crop": False}).frame(noise(9, 5)).size == (9, 5)
+    white = Image.new("RGB", (8, 8), (255, 255, 255))
+    assert read({"do_normalize": False})(white).max().item() == 1.0
+    assert read({"do_normalize": False, "do_rescale": False})(white).max().item() == 255.0
+    assert read({"image_mean": [0.5] * 3, "image_std": [0.25] * 3})(white).max().item() == pytest.approx(2.0)
+    assert read({"do_pad": True}).do_pad
+    assert not read({}).do_pad

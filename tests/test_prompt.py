@@ -1,0 +1,149 @@
+"""Prompts without transformers: one image span, found from the ids, whatever the user typed."""
+
+from __future__ import annotations
+
+import pytest
+from toys import IMAGE_TOKEN, TOKENIZERS, make_tokenizer
+
+from himap_ref import HimapError
+from himap_ref.prompt import TEMPLATES, encode_prompt, find_image_span
+
+N = 9  # image tokens
+TEMPLATE = TEMPLATES["vicuna_v1"]
+
+
+@pytest.fixture(params=[(style, special) for style in TOKENIZERS for special in (True, False)], ids=str)
+def tokenizer(request):
+    """Three styles; llava-hf's older tokenizer files do not mark <image> as special."""
+    return make_tokenizer(*request.param)
+
+
+def encode(tokenizer, question, template=TEMPLATE, has_image=True):
+    return encode_prompt(tokenizer, question, template, tokenizer.token_to_id(IMAGE_TOKEN), N if has_image else 0)
+
+
+def text_of(tokenizer, prompt, skip_special_tokens=False):
+    """The prompt's text with one <image> for all of the image's tokens, without whitespace (LLaMA adds some)."""
+    ids = list(prompt.ids)
+    if prompt.image_span:
+        ids[prompt.image_span[0] + 1 : prompt.image_span[1]] = []
+    return "".join(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens).split())
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_span_is_found_in_the_ids(tokenizer, template):
+    """A span fixed at 35 (the official code) would be wrong for every other tokenizer and template."""
+    image = tokenizer.token_to_id(IMAGE_TOKEN)
+    prompt = encode(tokenizer, "What is in the picture?", template)
+    start, stop = prompt.image_span
+    assert prompt.ids[start:stop] == [image] * N
+    assert prompt.ids.count(image) == N
+    before, after = template.replace("{question}", "What is in the picture?").split("<image>")
+    assert prompt.ids[0] == tokenizer.token_to_id("<s>")
+    assert prompt.ids.count(tokenizer.token_to_id("<s>")) == 1
+    assert start == len(tokenizer.encode(before).ids)
+    text = tokenizer.decode(prompt.ids[stop:], skip_special_tokens=False)
+    assert text.strip() == after.strip()
+
+
+@pytest.mark.parametrize("question", [
+    "Is <image> a tag?", "<image>", "<image><image>\n<image> ?", "What does </s> mean?", "</s>", "<s>",
+    "<s> and </s>, <s>", "What is <unk>?", "<pad><image></s>",
+])  # fmt: skip
+@pytest.mark.parametrize("has_image", [True, False])
+def test_special_tokens_in_the_question_are_text(tokenizer, question, has_image):
+    """A typed "<image>" would be a second picture, a typed "</s>" would end the prompt in the model's eyes."""
+    prompt = encode(tokenizer, question, has_image=has_image)
+    ids = {token: tokenizer.token_to_id(token) for token in ("<image>", "</s>", "<s>", "<unk>", "<pad>")}
+    assert prompt.ids.count(ids["<image>"]) == (N if has_image else 0)
+    assert prompt.ids.count(ids["<s>"]) == 1
+    assert prompt.ids[0] == ids["<s>"]
+    assert not {ids["</s>"], ids["<unk>"], ids["<pad>"]} & set(prompt.ids)
+    plain = encode(tokenizer, "x", has_image=has_image)
+    assert prompt.image_span == plain.image_span
+    expected = TEMPLATE.replace("{question}", question)
+    expected = "<s>" + (expected if has_image else expected.replace("<image>\n", "", 1))
+    assert text_of(tokenizer, prompt) == "".join(expected.split())
+    if has_image:  # what an answer's text would be: nothing of the question is a token that decoding skips
+        kept = tokenizer.decode(prompt.ids[prompt.image_span[1] :], skip_special_tokens=True)
+        assert "".join(f"{question} ASSISTANT:".split()) == "".join(kept.split())
+
+
+def test_question_without_special_tokens_is_tokenised_in_one_piece(tokenizer):
+    """Spelling out special tokens must not touch a prompt that has none: the ids would differ from LLaVA's."""
+    question = "How many cats are there? {} {question} < image > <b>"
+    prompt = encode(tokenizer, question)
+    ids = tokenizer.encode(TEMPLATE.replace("{question}", question)).ids
+    place = ids.index(tokenizer.token_to_id(IMAGE_TOKEN))
+    assert prompt.ids == ids[:place] + [ids[place]] * N + ids[place + 1 :]
+
+
+def test_text_only(tokenizer):
+    """A prompt without a picture would still hold an image token, or the line break that followed it."""
+    prompt = encode(tokenizer, "What is in the picture?", has_image=False)
+    assert prompt.image_span is None
+    assert tokenizer.token_to_id(IMAGE_TOKEN) not in prompt.ids
+    text = TEMPLATE.replace("<image>\n", "").replace("{question}", "What is in the picture?")
+    assert prompt.ids == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("question", [
+    "Was ist 🦊 und 猫?", "naïve é\u0301 \u200d\u200b", "\tTabs\r\nand lines\n\n", "{}{question}{0}%s\\n",
+])  # fmt: skip
+def test_any_text_survives(tokenizer, question):
+    """Characters outside the vocabulary would vanish, and braces would be taken for format fields."""
+    prompt = encode(tokenizer, question)
+    assert prompt.ids.count(tokenizer.token_to_id(IMAGE_TOKEN)) == N
+    expected = "<s>" + TEMPLATE.replace("{question}", question)
+    assert text_of(tokenizer, prompt) == "".join(expected.split())
+
+
+def test_tokenizer_is_left_unchanged(tokenizer):
+    """A switch left on after one odd question would change the ids of every later one."""
+    before, saved = encode(tokenizer, "What is it?"), tokenizer.to_str()
+    encode(tokenizer, "Is <image> or </s> a tag?")
+    assert encode(tokenizer, "What is it?") == before
+    assert tokenizer.to_str() == saved
+    assert not tokenizer.encode_special_tokens
+
+
+@pytest.mark.parametrize("question", ["", " ", "\n\t "])
+def test_empty_question(tokenizer, question):
+    """The model would be asked nothing and answer something."""
+    with pytest.raises(HimapError, match="empty"):
+        encode(tokenizer, question)
+
+
+def test_invalid_unicode(tokenizer):
+    """A half surrogate pair (as in a badly read file) would end in a traceback of the tokenizer."""
+    with pytest.raises(HimapError, match="Unicode"):
+        encode(tokenizer, "what \ud800?")
+
+
+def test_tokenizer_without_image_token(tokenizer):
+    """A plain LLaMA's tokenizer beside LLaVA's weights would fail later, or take another token for the picture."""
+    with pytest.raises(HimapError, match="32000"):
+        encode_prompt(tokenizer, "What is it?", TEMPLATE, 32000, N)
+
+
+@pytest.mark.parametrize("template", ["USER: {question}", "<image> <image>\n{question}", "<image>\nWhat is it?"])
+def test_template_is_checked(tokenizer, template):
+    """A folder's own template without a place for the picture or the question would leave it out silently."""
+    with pytest.raises(HimapError, match="template"):
+        encode(tokenizer, "What is it?", template)
+
+
+@pytest.mark.parametrize(
+    ("ids", "span"),
+    [([1, 2, 3], None), ([], None), ([7], (0, 1)), ([1, 7, 7, 2], (1, 3)), ([7, 7], (0, 2)), ([1, 2, 7], (2, 3))],
+)
+def test_find_image_span(ids, span):
+    """An end that is off by one prunes a text token or spares an image token."""
+    assert find_image_span(ids, 7) == span
+
+
+@pytest.mark.parametrize("ids", [[7, 1, 7], [1, 7, 7, 2, 7], [7, 7, 3, 3, 7, 7]])
+def test_two_pictures_are_refused(ids):
+    """Text between two pictures would be pruned as if it were image."""
+    with pytest.raises(HimapError, match="one unbroken run"):
+        find_image_span(ids, 7)
