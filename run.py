@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     add("--revision", help="branch, tag or commit of a hub repository")
     add("--image", help="picture file, or 'none' for text only (default: the embedded model's example)")
     add("--prompt", help="the question")
+    add("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
     add("--template", help="vicuna_v1, llava-hf, shapes, or text with <image> and {question} (default: the model's)")
     add("--method", default="himap", choices=("himap", "fastv", "random", "none"), help="default: himap")
     add("--stages", help='LAYER:KEEP:SCORE,... instead of --method: "2:0.5:text_to_image,8:72:image_to_image"; KEEP '
@@ -54,27 +56,35 @@ def main(args: argparse.Namespace) -> None:
         raise HimapError("--image FILE (or none) and --prompt QUESTION: give both, or neither to see the example")
     image, prompt = EXAMPLE if args.image is None else (args.image, args.prompt)
     image = None if image == "none" else load_image(image)
+    if args.show and (image is None or args.show.suffix.lower() != ".png" or not args.show.absolute().parent.is_dir()):
+        raise HimapError(f"--show {args.show}: needs a picture to draw on, and a .png file in a folder that exists")
 
     start = time.perf_counter()
     dtype = getattr(torch, args.dtype or ("float32" if embedded else "bfloat16"))
     model = Llava.from_pretrained(args.weights, dtype, args.device, args.revision)
     seconds = {"load": time.perf_counter() - start}
+    if args.pad:
+        model.image_processor = replace(model.image_processor, do_pad=True)
     if args.template:
         model.template = TEMPLATES.get(args.template, args.template)
     if embedded and image is not None and not report.looks_drawn(image):
-        print("note: " + model.card["note"], file=sys.stderr)
+        print("note: " + model.settings["note"], file=sys.stderr)
 
     ask = partial(
         model.generate, image, prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
         top_p=args.top_p, seed=args.seed, reprune=args.reprune,
     )  # fmt: skip
-    answer = ask(choose_stages(args, model.card), on_text=None if args.json else partial(print, end="", flush=True))
-    if not args.json:
-        print(flush=True)
-    vanilla = ask(()) if args.compare else None
+    stages, vanilla = choose_stages(args, model.settings), None
+    if args.compare:  # warmed up, and nothing printed in between: both sides are timed alike
+        ask(stages), ask((), reprune=False)
+        answer, vanilla = ask(stages), ask((), reprune=False)
+        print(answer.text if not args.json else "", end="\n" if not args.json else "")
+    else:
+        answer = ask(stages, on_text=None if args.json else partial(print, end="", flush=True))
+        print(end="" if args.json else "\n", flush=True)
 
     result = report.as_json(model.config, answer, {**seconds, **answer.seconds}, vanilla)
-    if args.show and image is not None:
+    if args.show:
         report.draw_kept(model, image, answer.trace).save(args.show)
     if args.trace:
         print(report.layer_table(result), file=sys.stderr)
@@ -86,28 +96,24 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(result))
 
 
-def choose_stages(args: argparse.Namespace, card: dict):
+def choose_stages(args: argparse.Namespace, settings: dict):
     """--stages, else --method; "himap" is the schedule that the weights recommend for themselves, if they do."""
     from himap_ref import Stage
     from himap_ref.studies.methods import METHODS, parse_stages, random
 
     if args.stages is not None:
         return parse_stages(args.stages)
-    if args.method == "himap" and "stages" in card:
-        return parse_stages(card["stages"], trusted=False)
+    if args.method == "himap" and "stages" in settings:
+        return parse_stages(settings["stages"], trusted=False)
     if args.method == "random":
         return tuple(Stage(s.layer, s.keep, partial(random, seed=args.seed)) for s in METHODS["random"])
     return METHODS[args.method]
 
 
 if __name__ == "__main__":
-    from himap_ref.errors import HimapError
+    arguments = parse_args()
+    sys.path.append(str(Path.cwd()))  # so that --stages finds module:function in the current folder
 
-    sys.path.insert(0, ".")  # so that --stages finds module:function in the current folder
-    try:
-        main(parse_args())
-    except HimapError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from himap_ref.errors import run_command
+
+    run_command(lambda: main(arguments))

@@ -20,7 +20,17 @@ from torch.nn import functional as F
 
 from .config import TextConfig
 from .errors import HimapError
-from .pruning import LayerTrace, LayerView, Stage, StageTrace, Trace, keep_highest, rows_of, stages_by_layer
+from .pruning import (
+    LayerTrace,
+    LayerView,
+    Stage,
+    StageTrace,
+    Trace,
+    causal_mask,
+    keep_highest,
+    rows_of,
+    stages_by_layer,
+)
 
 # ---------------------------------------------------------------- rotary positions
 # The checkpoint pairs channel j with channel j + c/2 ("half-split"), not with its neighbour:
@@ -68,16 +78,10 @@ class Attention(nn.Module):
         """(B, n, d) -> keys (rotated) and values, each (B, g, n, c)."""
         return rotate(self.heads(self.k_proj(x)), cos, sin), self.heads(self.v_proj(x))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """(B, h, r, c) over (B, g, n, c) -> (B, r, d). A row sees the keys that stand at or before its position.
-
-        r = n: the rows are all tokens. r = 1: the row is the last token, which sees every key.
-        """
-        (r, n), mask = (q.shape[2], k.shape[2]), None
-        if 1 < r < n:  # tokens were dropped between k and q: indices no longer tell who stands before whom
-            mask = (q_positions[:, :, None] >= k_positions[:, None, :])[:, None]  # (B, 1, r, n)
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < r == n, enable_gqa=gqa)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, h, r, c) over (B, g, n, c) -> (B, r, d). Without a mask: causal if r = n; a single row sees every key."""
+        causal, gqa = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -162,7 +166,8 @@ class LlamaDecoder(nn.Module):
         """The prefill: a whole prompt, pruned on its way up.
 
         inputs_embeds: (B, n, d), image tokens in place. image_span: [start, stop) of the image tokens, same for all
-        items. all_rows: compute the last layer for every row that is left, not only for the last one.
+        items. all_rows: compute the last layer for every row that is left, not only for the last one. The trace's
+        tensors have the batch in front: `trace.stages[0].kept` is (B, N'); `trace.item(b)` is one prompt's.
         Raises HimapError for stages that do not fit the decoder, the image or the text.
         """
         stage_at = stages_by_layer(stages, len(self.layers))
@@ -176,27 +181,30 @@ class LlamaDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             h = layer.input_layernorm(x)
             k, v = cache[i].append(*layer.self_attn.keys_values(h, *cos_sin))  # every token that entered: (B, g, n, c)
-            k_positions, score_rows = positions, 0
+            mask, score_rows = None, 0
             if i == len(self.layers) - 1 and not all_rows:  # the last layer: only the last row's logits are asked for
                 x, h, positions = x[:, -1:], h[:, -1:], positions[:, -1:]
                 cos_sin = rope(positions, self.config, x.dtype)
             q, q_rows = layer.self_attn.queries(h, *cos_sin), h.shape[1]  # (B, h, n, c)
 
             if stage := stage_at.get(i + 1):  # HiMAP: stage 1 on entry to layer K1, stage 2 on entry to K2
-                view = LayerView(q, k, positions, x, image)
-                scores = stage.scores(view)  # (B, N): phi of each image token, from this layer's attention
+                view = LayerView(q, k, v, positions, x, image)
+                scores = stage.evaluate(view)  # (B, N): phi of each image token, from this layer's attention
                 local = keep_highest(scores, stage.count(candidates.shape[1]))  # (B, N') places among the candidates
                 kept = candidates.gather(1, local)  # the same as indices of the whole picture
                 trace.stages.append(StageTrace(stage.layer, stage.name, candidates, scores, kept))
                 rows = rows_of(local, image, x.shape[1])  # (B, n'): system, kept image tokens, text
-                x, q = x.take_along_dim(rows[..., None], 1), q.take_along_dim(rows[:, None, :, None], 2)  # early drop:
-                positions = positions.gather(1, rows)  # the others go no further; their k and v stay in this cache
+                x = x.take_along_dim(rows[..., None], dim=1)  # early drop: the others go no further,
+                q = q.take_along_dim(rows[:, None, :, None], dim=2)  # their k and v stay in this layer's cache
+                all_positions, positions = positions, positions.gather(1, rows)
+                mask = causal_mask(positions, all_positions)  # rows and keys differ now, so SDPA cannot tell
                 cos_sin = rope(positions, self.config, x.dtype)
                 candidates, image, score_rows = kept, slice(image.start, image.start + kept.shape[1]), view.score_rows
 
-            x = x + layer.self_attn.attend(q, k, v, positions, k_positions)
+            x = x + layer.self_attn.attend(q, k, v, mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            trace.layers.append(LayerTrace(k.shape[2], q_rows, score_rows, x.shape[1], k.shape[2]))
+            n = k.shape[2]
+            trace.layers.append(LayerTrace(kv=n, q=q_rows, score_rows=score_rows, rows=x.shape[1], keys=n))
 
         trace.check_scores()
         hidden = self.norm(x)
@@ -207,13 +215,13 @@ class LlamaDecoder(nn.Module):
 
         Position, cache length and tokens seen are three numbers, equal only without pruning. Extends `cache`.
         """
-        x, trace, positions = inputs_embeds, [], torch.full((1, 1), position, device=inputs_embeds.device)
-        cos_sin = rope(positions, self.config, x.dtype)
+        x, trace = inputs_embeds, []
+        cos_sin = rope(torch.full((1, 1), position, device=x.device), self.config, x.dtype)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             h = layer.input_layernorm(x)
             k, v = layer_cache.append(*layer.self_attn.keys_values(h, *cos_sin))
             q = layer.self_attn.queries(h, *cos_sin)
-            x = x + layer.self_attn.attend(q, k, v, positions, positions)
+            x = x + layer.self_attn.attend(q, k, v)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             trace.append(LayerTrace(kv=1, q=1, score_rows=0, rows=1, keys=k.shape[2]))
         return self.logits(self.norm(x)[:, -1]), trace

@@ -82,10 +82,11 @@ def plan_decode(prefill: Sequence[LayerTrace], steps: int) -> list[list[LayerTra
 def _score_rows(config: TextConfig, stage: Stage, image: slice, n: int) -> int:
     """Asks the score function itself which rows it makes explicit, on tensors without data."""
     with torch.device("meta"):
-        q, k = (torch.empty(1, h, n, config.head_dim) for h in (config.num_attention_heads, config.num_key_value_heads))
-        view = LayerView(q, k, torch.empty(1, n), torch.empty(1, n, config.hidden_size), image)
+        q = torch.empty(1, config.num_attention_heads, n, config.head_dim)
+        k = torch.empty(1, config.num_key_value_heads, n, config.head_dim)
+        view = LayerView(q, k, k, torch.empty(1, n), torch.empty(1, n, config.hidden_size), image)
     try:
-        stage.scores(view)
+        stage.evaluate(view)
     except HimapError:
         raise
     except Exception as error:  # a user's function may fail in any way without data

@@ -34,7 +34,8 @@ class Sampling:
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """(vocab,) logits -> (vocab,) probabilities after temperature and nucleus cut."""
-    probs = (logits.float() / sampling.temperature).softmax(dim=-1)
+    logits = logits.float() - logits.max()  # so that a tiny temperature gives no inf - inf
+    probs = (logits / sampling.temperature).softmax(dim=-1)
     ordered, ids = probs.sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: the one that crosses top_p stays
     if sampling.top_p < 1:  # at 1 rounding must not cut the tail
@@ -65,6 +66,14 @@ class Generated:
     seconds: dict[str, float]  # prefill (first token), decode (all later ones)
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once all that was started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
 def generate(
     decoder: LlamaDecoder,
     inputs_embeds: Tensor,
@@ -91,20 +100,20 @@ def generate(
     limit = min(max_new_tokens, room + 1)  # the last token is never fed back, so it needs no position
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(B)]
     answers: list[list[int]] = [[] for _ in range(B)]
-    done, decode_layers, embeds, start = [False] * B, [], inputs_embeds, time.perf_counter()
+    done, decode_layers, embeds, start = [False] * B, [], inputs_embeds, clock(inputs_embeds.device)
 
     out = decoder(embeds, image_span, stages)  # the prefill
     logits, first_logits, traces = out.logits, out.logits, [out.trace]
     for step in range(limit):
         ids = choose(logits, sampling, generators)  # (B,)
-        for b, id in enumerate(ids.tolist()):
+        for b, token_id in enumerate(ids.tolist()):
             if not done[b]:
-                answers[b].append(id)
-                done[b] = id in eos_token_ids
+                answers[b].append(token_id)
+                done[b] = token_id in eos_token_ids
                 if b == 0 and on_token:
-                    on_token(id)
+                    on_token(token_id)
         if step == 0:
-            seconds = {"prefill": time.perf_counter() - start}
+            prefill_end = clock(ids.device)
         if all(done) or step + 1 == limit:
             break
         token = decoder.embed_tokens(ids)[:, None]  # (B, 1, d)
@@ -116,7 +125,7 @@ def generate(
         else:
             logits, layers = decoder.decode(token, n + step, out.cache)
             decode_layers.append(layers)
-    seconds["decode"] = time.perf_counter() - start - seconds["prefill"]
+    seconds = {"prefill": prefill_end - start, "decode": clock(ids.device) - prefill_end}
     cut = "length" if limit == max_new_tokens else "context"
     finish = ["eos" if ended else cut for ended in done]
     return Generated(answers, finish, first_logits, traces, decode_layers, seconds)

@@ -32,9 +32,12 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. Alpha is dropped, as transformers does; 16-bit levels are scaled, not clipped."""
+    """Any Pillow mode to RGB: transparency onto white, as transformers 5 has it; 16-bit levels scaled, not clipped."""
     if image.mode.startswith("I"):  # I;16 and variants, and I as 16-bit files are opened by older Pillow versions
         image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ from .config import LlavaConfig, read_json
 from .decoder import DecoderOutput, LlamaDecoder
 from .errors import HimapError
 from .flops import Flops, count_flops
-from .generation import Sampling, generate
+from .generation import Sampling, clock, generate
 from .image import ImageProcessor, load_image
 from .projector import Projector
 from .prompt import TEMPLATES, Prompt, encode_prompt, find_image_span, read_tokenizer
 from .pruning import Stage, Trace
 from .vision import VisionTower
-from .weights import find_folder, load_weights, read_eos
+from .weights import find_device, find_folder, load_weights, read_eos
 
 Picture = str | Path | Image.Image
 
@@ -57,7 +56,7 @@ class Llava(nn.Module):
         self.image_processor = ImageProcessor()
         self.eos_token_ids: tuple[int, ...] = ()
         self.template = TEMPLATES["vicuna_v1"]
-        self.card: dict = {}  # himap.json: "template", "stages" (the schedule that suits it), "note" (its limits)
+        self.settings: dict = {}  # himap.json: "template", "stages" (the schedule that suits it), "note" (its limits)
 
     @classmethod
     def from_pretrained(
@@ -72,16 +71,16 @@ class Llava(nn.Module):
         Built on the meta device, strict; on the CPU and in the file's own dtype, tensors stay mapped from the file.
         Raises HimapError that names the file or tensor at fault.
         """
-        folder = find_folder(source, revision)
+        device, folder = find_device(device), find_folder(source, revision)
         config = LlavaConfig.from_dict(read_json(folder / "config.json"))
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, config, folder, dtype, torch.device(device))
+        load_weights(model, config, folder, dtype, device)
         model.tokenizer = read_tokenizer(folder)
         model.image_processor = ImageProcessor.from_folder(folder, config.vision_config.image_size)
         model.eos_token_ids = read_eos(folder)
-        model.card = read_json(folder / "himap.json") if (folder / "himap.json").exists() else {}
-        model.template = model.card.get("template", model.template)
+        model.settings = read_json(folder / "himap.json") if (folder / "himap.json").exists() else {}
+        model.template = model.settings.get("template", model.template)
         return model.eval()
 
     def preprocess(self, image: Picture) -> Tensor:
@@ -110,10 +109,11 @@ class Llava(nn.Module):
         N = 0 if image_embeds is None else image_embeds.shape[1]
         if stop - start != N:
             raise HimapError(f"the prompt has {stop - start} image tokens, the picture {N}")
-        x = self.language_model.embed_tokens(input_ids.to(self.language_model.norm.weight.device))
+        input_ids = input_ids.to(self.language_model.norm.weight.device)
+        before, after = (self.language_model.embed_tokens(ids) for ids in (input_ids[:, :start], input_ids[:, stop:]))
         if image_embeds is None:
-            return x, None
-        return torch.cat((x[:, :start], image_embeds, x[:, stop:]), dim=1), span
+            return after, None
+        return torch.cat((before, image_embeds, after), dim=1), span  # the image token's own vector is never looked up
 
     def forward(
         self,
@@ -126,7 +126,7 @@ class Llava(nn.Module):
         image_embeds = None if pixel_values is None else self.embed_image(pixel_values)
         return self.language_model(*self.embed(input_ids, image_embeds), stages, all_rows)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         image: Picture | None | Sequence[Picture | None],
@@ -145,25 +145,27 @@ class Llava(nn.Module):
         by its own scores. reprune: see `generation.generate`. on_text receives the (first) answer piece by piece.
         Raises HimapError for input that does not fit.
         """
-        images, prompts = ([image], [prompt]) if isinstance(prompt, str) else (list(image), list(prompt))
-        if len(images) != len(prompts) or len({picture is None for picture in images}) > 1:
-            raise HimapError(f"a batch of {len(prompts)} questions needs as many pictures, or None for each")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        images = [image] * len(prompts) if image is None or isinstance(prompt, str) else list(image)
+        if not prompts or len(images) != len(prompts) or len({picture is None for picture in images}) > 1:
+            raise HimapError(f"a batch of {len(prompts)} questions needs as many pictures, or None")
         encoded = [self.encode(question, images[0] is not None) for question in prompts]
         if len(lengths := {len(p.ids) for p in encoded}) > 1:
             raise HimapError(f"the prompts of a batch must have equal lengths, not {sorted(lengths)} tokens")
 
-        start, image_embeds = time.perf_counter(), None
+        device, image_embeds = self.language_model.norm.weight.device, None
+        start = clock(device)
         if images[0] is not None:
             image_embeds = self.embed_image(torch.cat([self.preprocess(picture) for picture in images]))
         x, span = self.embed(torch.tensor([p.ids for p in encoded]), image_embeds)
-        seconds = {"vision": time.perf_counter() - start}
+        seconds = {"vision": clock(device) - start}
         out = generate(
             self.language_model, x, span, stages if span else (), max_new_tokens, self.eos_token_ids,
             Sampling(temperature, top_p, seed), reprune, self._streamer(on_text) if on_text else None,
         )  # fmt: skip
         answers = []
         for b, ids in enumerate(out.token_ids):
-            traces = [trace.item(b) for trace in out.traces]
+            traces = [trace.item(b) for trace in out.traces[: len(ids)]]
             steps = [trace.layers for trace in traces[1:]] if reprune else out.decode_layers
             answers.append(Answer(
                 text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(), token_ids=ids,

@@ -33,7 +33,10 @@ class Prompt:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json, the one file of the fast tokenizer; raises HimapError if it is not there or not one."""
     try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()  # a file may carry the settings of somebody's training run
+        tokenizer.no_truncation()
+        return tokenizer
     except Exception as error:  # the library raises bare Exception
         raise HimapError(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
 
@@ -45,14 +48,14 @@ def encode_prompt(
     if not question.strip():
         raise HimapError("the prompt is empty: ask something")
     image = tokenizer.id_to_token(image_token)
-    if image is None or template.count("<image>") != 1 or "{question}" not in template:
-        raise HimapError(
-            f"the tokenizer has no token {image_token} (image_token_index)" if image is None
-            else "the template must hold <image> once, and {question}"
-        )  # fmt: skip
-    template = template.replace("<image>", image) if num_image_tokens else template.replace("<image>\n", "")
+    before, found, after = template.partition("<image>")
+    if not found or "<image>" in after or "{question}" not in after:
+        raise HimapError("the template must hold <image> once and, after it, {question}")
+    if image is None and num_image_tokens:
+        raise HimapError(f"the tokenizer has no token {image_token} (image_token_index): add <image> to it")
+    text = f"{before}{image}{after}" if num_image_tokens else before + after.removeprefix("\n")
     try:
-        ids = tokenizer.encode(template.replace("{question}", question)).ids
+        ids = tokenizer.encode(text.replace("{question}", question)).ids
     except (UnicodeError, TypeError):
         raise HimapError("the prompt is not valid Unicode text") from None
     own = ids.index(image_token) if num_image_tokens else -1  # the template's comes before any the user typed

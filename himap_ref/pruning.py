@@ -28,17 +28,22 @@ from torch import Tensor
 from .errors import HimapError
 
 
+def causal_mask(q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """(B, r), (B, n) -> (B, 1, r, n), True where the key stands at or before the row in the full sequence."""
+    return (q_positions[:, :, None] >= k_positions[:, None, :])[:, None]
+
+
 class LayerView:
     """Layer K-1 in the middle of its work, as a score function sees it.
 
     B prompts, h query heads, g key/value heads, c head size; n tokens entered the layer, N image tokens among them.
-    q (B, h, n, c), k (B, g, n, c): with RoPE. positions (B, n): original. hidden (B, n, d): the layer's input.
+    q (B, h, n, c), k and v (B, g, n, c): q and k with RoPE. positions (B, n): original. hidden (B, n, d): the input.
     system, image, text, all, last: slices of 0..n-1; text is all that follows the image, generated tokens included.
     score_rows: attention rows made explicit so far, for the FLOPs accounting.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, positions: Tensor, hidden: Tensor, image: slice):
-        self.q, self.k, self.positions, self.hidden, self.score_rows = q, k, positions, hidden, 0
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, hidden: Tensor, image: slice):
+        self.q, self.k, self.v, self.positions, self.hidden, self.score_rows = q, k, v, positions, hidden, 0
         n = q.shape[2]
         self.system, self.image, self.text = slice(0, image.start), image, slice(image.stop, n)
         self.all, self.last = slice(0, n), slice(n - 1, n)
@@ -51,8 +56,8 @@ class LayerView:
         q, k = self.q[:, :, rows], self.k
         self.score_rows += q.shape[2]
         B, h, r, c = q.shape
-        scores = q.reshape(B, k.shape[1], -1, c) @ k.mT * c**-0.5  # (B, g, h / g * r, n)
-        visible = self.positions[:, None, rows, None] >= self.positions[:, None, None, :]  # causal, (B, 1, r, n)
+        scores = (q * c**-0.5).reshape(B, k.shape[1], -1, c) @ k.mT  # (B, g, h / g * r, n)
+        visible = causal_mask(self.positions[:, rows], self.positions)
         scores = scores.view(B, h, r, -1).float().masked_fill(~visible, float("-inf"))
         return scores.softmax(dim=-1).mean(dim=1)[..., columns]
 
@@ -101,13 +106,13 @@ class Stage:
         function = getattr(self.score, "func", self.score)  # func: of a functools.partial
         return getattr(function, "__name__", type(function).__name__)
 
-    def scores(self, view: LayerView) -> Tensor:
-        """(B, N) by the score function; raises HimapError if it returns anything else."""
+    def evaluate(self, view: LayerView) -> Tensor:
+        """(B, N) scores in fp32 by the score function; raises HimapError if it returns anything else."""
         scores, expected = self.score(view), (len(view.q), view.image.stop - view.image.start)
         if not isinstance(scores, Tensor) or scores.shape != expected:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise HimapError(f"score {self.name!r} at layer {self.layer} returned {got}, not (B, N) = {list(expected)}")
-        return scores
+        return scores.float()
 
     def count(self, entering: int) -> int:
         """How many of `entering` image tokens stay."""
@@ -180,6 +185,7 @@ class Trace:
 
     def check_scores(self) -> None:
         """After the loop, so that a GPU need not stop inside it."""
-        for stage in self.stages:
-            if not torch.isfinite(stage.scores).all():
+        finite = torch.stack([stage.scores.isfinite().all() for stage in self.stages]).tolist() if self.stages else []
+        for stage, is_finite in zip(self.stages, finite, strict=True):
+            if not is_finite:
                 raise HimapError(f"score {stage.score!r} at layer {stage.layer} gave NaN or infinite values")

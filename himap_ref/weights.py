@@ -55,6 +55,14 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
         raise HimapError(f"weights {name!r}: cannot be downloaded ({reason})") from None
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """The device, or a HimapError if this machine or this build of torch does not have it."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise HimapError(f"device {str(name)!r}: not available ({str(error).splitlines()[0]})") from None
+
+
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, from its index if it has one."""
     index = folder / "model.safetensors.index.json"
@@ -77,18 +85,18 @@ def tensor_files(folder: Path) -> list[Path]:
             f"{folder}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors first "
             "(transformers: from_pretrained(...).save_pretrained(folder)) or use a llava-hf repository"
         )
-    raise HimapError(f"{folder}: no .safetensors file")
+    raise HimapError(f"{folder}: no .safetensors file (a repository of .bin files must be converted first)")
 
 
 def rename(name: str) -> str:
-    """A checkpoint's tensor name in ours; raises HimapError if no layout has it."""
+    """A checkpoint's tensor name in ours; one that no layout has stays as it is."""
     for theirs, ours in PREFIXES:
         if name.startswith(theirs):
             leaf = name.removeprefix(theirs)
             if ours == "vision_tower.":
                 leaf = leaf.removeprefix("vision_model.").removeprefix("encoder.")
             return ours + leaf
-    raise HimapError(f"unexpected tensor {name!r}: not in any LLaVA layout")
+    return name
 
 
 def is_unused(name: str, config: LlavaConfig) -> bool:
@@ -138,7 +146,7 @@ def read_eos(folder: Path) -> tuple[int, ...]:
     """Ids that end an answer: from generation_config.json, else config.json, else LLaMA's 2."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         data = read_json(path) if path.exists() else {}
-        eos = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
-        if eos is not None:
+        own, texts = data.get("eos_token_id"), (data.get("text_config") or {}).get("eos_token_id")
+        if (eos := texts if own is None else own) is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return (2,)

@@ -122,7 +122,7 @@ def test_scores_that_need_data():
             return view.attention(view.all, view.image).sum(1)
         return view.attention(view.last, view.image).sum(1)
 
-    with pytest.raises(HimapError, match="depends on data"):
+    with pytest.raises(HimapError, match="needs data"):
         plan_prefill(CONFIG_7B, (36, 612), 622, (Stage(2, 0.5, depends),))
 
 

@@ -57,9 +57,10 @@ def test_exif_orientation(tmp_path, orientation, expected, opened):
     ("mode", "colour", "expected"),
     [
         ("RGB", (200, 100, 50), (200, 100, 50)),
-        ("RGBA", (200, 100, 50, 0), (200, 100, 50)),  # alpha dropped, not blended, as transformers does
+        ("RGBA", (200, 100, 50, 0), (255, 255, 255)),  # what is transparent shows the white below
+        ("RGBA", (200, 100, 50, 255), (200, 100, 50)),
         ("L", 90, (90, 90, 90)),
-        ("LA", (90, 3), (90, 90, 90)),
+        ("LA", (90, 255), (90, 90, 90)),
         ("1", 1, (255, 255, 255)),
         ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
         ("I;16", 0x8000, (128, 128, 128)),
@@ -128,7 +129,7 @@ def test_unreadable_file_is_named(tmp_path, kind):
         load_image(path)
 
 
-@pytest.mark.parametrize("size", [(1, 40000), (40000, 1)])
+@pytest.mark.parametrize("size", [(1, 1400), (1400, 1)])
 def test_narrow_picture_is_refused(size):
     """A strip would be blown up to gigapixels and end the process for lack of memory."""
     with pytest.raises(HimapError, match=f"{size[0]} x {size[1]}.*narrow"):

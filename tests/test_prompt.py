@@ -6,7 +6,7 @@ import pytest
 from toys import IMAGE_TOKEN, TOKENIZERS, make_tokenizer
 
 from himap_ref import HimapError
-from himap_ref.prompt import TEMPLATES, encode_prompt, find_image_span
+from himap_ref.prompt import TEMPLATES, encode_prompt, find_image_span, read_tokenizer
 
 N = 9  # image tokens
 TEMPLATE = TEMPLATES["vicuna_v1"]
@@ -28,6 +28,37 @@ def text_of(tokenizer, prompt, skip_special_tokens=False):
     if prompt.image_span:
         ids[prompt.image_span[0] + 1 : prompt.image_span[1]] = []
     return "".join(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens).split())
+
+
+def test_templates_are_word_for_word():
+    """LLaVA-1.5 was trained on exactly these words: another space or line break costs accuracy unseen."""
+    assert TEMPLATES["llava-hf"] == "USER: <image>\n{question} ASSISTANT:"
+    assert TEMPLATES["vicuna_v1"] == (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions. USER: <image>\n{question} ASSISTANT:"
+    )
+
+
+def test_text_only_without_a_line_break(tokenizer):
+    """The placeholder of a template of one's own left in a prompt without a picture."""
+    prompt = encode(tokenizer, "Hello?", "USER: <image> {question} ASSISTANT:", has_image=False)
+    assert prompt.image_span is None and tokenizer.token_to_id(IMAGE_TOKEN) not in prompt.ids
+
+
+@pytest.mark.parametrize("template", ["{question} <image>", "<image><image>{question}", "<image>", "{question}"])
+def test_templates_that_cannot_be_used(tokenizer, template):
+    """An <image> that the user typed in front taken for the template's own."""
+    with pytest.raises(HimapError, match="template"):
+        encode(tokenizer, "Is <image> a tag?", template)
+
+
+def test_padding_and_truncation_in_the_file_are_ignored(tokenizer, tmp_path):
+    """A tokenizer.json saved in the middle of somebody's training: prompts padded to 203 tokens, or cut to 10."""
+    expected = encode(tokenizer, "What is it?").ids
+    tokenizer.enable_padding(length=203)
+    tokenizer.enable_truncation(10)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert encode(read_tokenizer(tmp_path), "What is it?").ids == expected
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
@@ -69,11 +100,12 @@ def test_special_tokens_in_the_question_are_text(tokenizer, question, has_image)
         assert "".join(f"{question} ASSISTANT:".split()) == "".join(kept.split())
 
 
-def test_question_without_special_tokens_is_tokenised_in_one_piece(tokenizer):
-    """Spelling out special tokens must not touch a prompt that has none: the ids would differ from LLaVA's."""
-    question = "How many cats are there? {} {question} < image > <b>"
-    prompt = encode(tokenizer, question)
-    ids = tokenizer.encode(TEMPLATE.replace("{question}", question)).ids
+@pytest.mark.parametrize("template", [TEMPLATE, "Answer as {json} {}: <image>\n{question}"])
+def test_question_without_special_tokens_is_tokenised_in_one_piece(tokenizer, template):
+    """A question that is stripped, formatted or cut into pieces on its way gets other ids than LLaVA's."""
+    question = "  How many cats are there? {} {question} < image > <b>\n "
+    prompt = encode(tokenizer, question, template)
+    ids = tokenizer.encode(template.replace("{question}", question)).ids
     place = ids.index(tokenizer.token_to_id(IMAGE_TOKEN))
     assert prompt.ids == ids[:place] + [ids[place]] * N + ids[place + 1 :]
 

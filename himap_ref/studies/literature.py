@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig
+from ..errors import run_command
 from ..flops import kv_cache_bytes, lm_head_flops, pass_flops, plan_prefill
 from ..pruning import HIMAP, HIMAP_CAPTION, Stage, stages_by_layer
 
@@ -71,7 +72,7 @@ def _shown(what: str, value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--system", type=int, default=36, help="tokens before the image")
+    parser.add_argument("--system", type=int, default=35, help="tokens before the image")
     parser.add_argument("--image", type=int, default=576)
     parser.add_argument("--text", type=int, default=10, help="tokens after the image")
     args = parser.parse_args()
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

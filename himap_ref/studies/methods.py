@@ -25,9 +25,9 @@ def all_to_image(view: LayerView) -> Tensor:
 
 
 def random(view: LayerView, seed: int = 0) -> Tensor:
-    """Chance, the baseline to beat. Every item of a batch draws the same numbers, as it would alone."""
+    """Chance, the baseline to beat. Every picture draws the same numbers, in a batch as alone; the stages differ."""
     N = view.image.stop - view.image.start
-    scores = torch.rand(N, generator=torch.Generator().manual_seed(seed))
+    scores = torch.rand(N, generator=torch.Generator().manual_seed(1000 * seed + N))
     return scores.to(view.q.device).expand(len(view.q), -1)
 
 

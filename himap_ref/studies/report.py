@@ -19,8 +19,9 @@ def as_json(config: LlavaConfig, answer: Answer, seconds: dict[str, float], vani
     """Everything known of an answer, as `run.py --json` prints it. FLOPs: a multiply-add is 2."""
     f, text = answer.flops, config.text_config
     layers = [
-        {"layer": i, "tokens_in": layer.kv, **asdict(layer), "flops": sum(layer_flops(text, layer).values())}
+        {"layer": i, "tokens_in": layer.kv, **asdict(layer), "flops": sum(parts.values()), "parts": parts}
         for i, layer in enumerate(answer.trace.layers)
+        for parts in [layer_flops(text, layer)]
     ]
     result = {
         "answer": answer.text,
@@ -35,7 +36,7 @@ def as_json(config: LlavaConfig, answer: Answer, seconds: dict[str, float], vani
             "total": f.total, "total_macs": f.macs, "vanilla_total": f.vanilla_total, "ratio": f.ratio,
             "decoder_ratio": f.decoder_ratio,
         },
-        "kv_cache_bytes": kv_cache_bytes(text, answer.trace.layers),
+        "kv_cache_bytes": kv_cache_bytes(text, answer.trace.layers, answer.first_logits.element_size()),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
     }  # fmt: skip
     if vanilla:
@@ -66,13 +67,13 @@ def amount(number: float) -> str:
 def layer_table(result: dict) -> str:
     """Tokens that entered each part of each layer of the prefill, and its FLOPs."""
     stage_at = {stage["layer"]: stage for stage in result["stages"]}
-    lines = ["layer  tokens in  queries  ranking rows  attention+mlp rows      FLOPs"]
+    lines = ["layer  tokens in  queries  ranking rows  attention+mlp rows      FLOPs       MACs"]
     for layer in result["layers"]:
         if stage := stage_at.get(layer["layer"]):
             lines.append(f"       -- stage: {len(stage['kept'])} image tokens kept by {stage['score']}")
         lines.append(
             f"{layer['layer']:5}  {layer['tokens_in']:9}  {layer['q']:7}  {layer['score_rows']:12}  {layer['rows']:18}"
-            f"  {amount(layer['flops']):>9}"
+            f"  {amount(layer['flops']):>9}  {amount(layer['flops'] // 2):>9}"
         )
     return "\n".join(lines)
 
@@ -87,8 +88,8 @@ def compare_table(pruned: Answer, vanilla: Answer) -> str:
     wide = max(len(row[1]) for row in rows)
     lines = [f"{name:10} {a:{wide}}  {b}".rstrip() for name, a, b in rows]
     verdict = "same answer" if pruned.text == vanilla.text else f"different answers, {same} tokens in common"
-    ratio = pruned.flops.total / vanilla.flops.total
-    return "\n".join([*lines, f"agreement  {verdict}; total FLOPs {ratio:.1%} of vanilla"])
+    ratio = f"FLOPs {pruned.flops.ratio:.1%} of vanilla for the same tokens, cached"
+    return "\n".join([*lines, f"agreement  {verdict}; {ratio}"])
 
 
 def draw_kept(model: Llava, image: Image.Image, trace: Trace) -> Image.Image:

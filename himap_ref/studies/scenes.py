@@ -20,11 +20,14 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageOps
 
+from ..errors import run_command
+
 SIZE = 126  # pixels a side
 PATCH = 14  # pixels a side of one vision patch: 9 x 9 patches a picture, 3 x 3 a grid cell
 CELL = SIZE // 3
 SMALLEST, LARGEST = 24, 36  # pixels a side of a thing
-UNSEEN = 1_000_000_000  # seeds from here on are for evaluation only
+UNSEEN = 1_000_000_000  # seeds from here on are never trained on; up to TEST they check the training's progress
+TEST = UNSEEN + 1_000_000  # seeds from here on are for reported numbers
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLORS = {
@@ -396,4 +399,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

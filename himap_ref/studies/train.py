@@ -11,7 +11,7 @@ Two phases, as for LLaVA itself, both at full depth and with nothing frozen but 
 One sequence holds a picture and several questions about it. A question sees the picture and itself, not the others, and
 its positions start right after the picture: each is trained exactly as it will be asked, and the picture is paid once.
 
-Seeded; stops and resumes at any step (the state is in `--state`); same code as inference for every module.
+Seeded; resumes from the last 250th step (the state is in `--state`); same code as inference for every module.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..decoder import rope
+from ..errors import run_command
 from ..model import Llava
 from ..prompt import TEMPLATES
 from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, draw, make_questions, make_scene
@@ -458,4 +459,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

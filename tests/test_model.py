@@ -1,0 +1,60 @@
+"""The assembled model: embeddings of picture and text put together, batches, devices."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from himap_ref import HimapError, Stage, text_to_image
+from himap_ref.generation import Sampling, generate, probabilities
+from himap_ref.weights import find_device
+
+IDS = torch.tensor([[1, 5, *[96] * 16, 7, 8]])  # 96 is the image token of tiny_llava
+
+
+def test_image_token_beyond_the_vocabulary(tiny_llava):
+    """The original LLaVA has 32000 words and image token 32000: looking its own vector up is out of range."""
+    small, large = tiny_llava(text={"vocab_size": 96}), tiny_llava()
+    large.language_model.embed_tokens.weight.data[:96] = small.language_model.embed_tokens.weight
+    image = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(1))
+    (x, span), (expected, _) = small.embed(IDS, image), large.embed(IDS, image)
+    assert span == (2, 18)
+    assert_close(x, expected)
+    assert_close(x[:, 2:18], image)
+
+
+def test_picture_and_ids_must_agree(tiny_llava):
+    """Image tokens without a picture taken for words, or a picture that the prompt has no place for dropped."""
+    image = torch.zeros(1, 16, 32)
+    with pytest.raises(HimapError, match="16 image tokens, the picture 0"):
+        tiny_llava().embed(IDS, None)
+    with pytest.raises(HimapError, match="0 image tokens, the picture 16"):
+        tiny_llava().embed(torch.tensor([[1, 2]]), image)
+    with pytest.raises(HimapError, match="same places"):
+        tiny_llava().embed(torch.cat((IDS, IDS.roll(1, 1))), torch.cat((image, image)))
+
+
+@pytest.mark.parametrize("images, prompts", [([], []), ([None], ["a", "b"]), (["x.png", None], ["a", "b"])])
+def test_batches_that_do_not_pair_up(tiny_llava, images, prompts):
+    """Questions answered about another question's picture."""
+    with pytest.raises(HimapError, match="as many pictures"):
+        tiny_llava().generate(images, prompts)
+
+
+def test_generating_keeps_no_graph(tiny_decoder, embeddings):
+    """Memory that grows with every token, because autograd remembers them all."""
+    decoder = tiny_decoder().requires_grad_(True)
+    out = generate(decoder, embeddings(1, 22), (4, 16), (Stage(2, 5, text_to_image),), 3)
+    assert not out.first_logits.requires_grad
+
+
+def test_tiny_temperature():
+    """inf - inf on the way to the softmax, and a crash instead of the likeliest token."""
+    assert probabilities(torch.tensor([1.0, 3.0, 2.0]), Sampling(1e-40)).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_device_that_is_not_there():
+    """torch's AssertionError or RuntimeError and its page of C++ shown to the user."""
+    assert find_device("cpu").type == "cpu"
+    for name in ("cuda:99", "nonsense"):
+        with pytest.raises(HimapError, match=f"device '{name}': not available"):
+            find_device(name)

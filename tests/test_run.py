@@ -1,0 +1,132 @@
+"""run.py as a user meets it, on the embedded model: what goes to which stream, and what the numbers say."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+TWO = "2:40:text_to_image,8:0.25:image_to_image"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Arguments -> (exit status, standard output, standard error)."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, args)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        try:
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_alone(run):
+    """The first command of the README: notes mixed into the answer, or a wrong answer."""
+    status, out, err = run()
+    assert (status, out) == (0, "yellow\n")  # the example shows a yellow star
+    assert "81 -> " in err and "FLOPs" in err
+
+
+def test_json(run):
+    """A key that scripts rely on gone or of another meaning; anything but the object on standard output."""
+    status, out, err = run("--json", "--stages", TWO, "--compare")
+    data = json.loads(out)
+    assert status == 0 and out.count("\n") == 1
+    assert data["answer"] == "yellow" and len(data["token_ids"]) == 2
+    assert data["prompt_tokens"] == 101 and data["image_span"] == [11, 92]
+    assert [(s["layer"], s["score"], len(s["kept"])) for s in data["stages"]] == [
+        (2, "text_to_image", 40),
+        (8, "image_to_image", 10),
+    ]
+    assert set(data["stages"][1]["kept"]) <= set(data["stages"][0]["kept"]) <= set(range(81))
+    assert [layer["layer"] for layer in data["layers"]] == list(range(12))
+    assert [layer["tokens_in"] for layer in data["layers"]] == [101] * 2 + [60] * 6 + [30] * 4
+    f = data["flops"]
+    lm_head = 2 * 128 * 460
+    assert f["prefill"] == sum(layer["flops"] for layer in data["layers"]) + lm_head
+    assert f["total"] == f["vision"] + f["projector"] + f["prefill"] + f["decode"] == 2 * f["total_macs"]
+    assert f["ratio"] == f["total"] / f["vanilla_total"] < 1
+    assert set(data["seconds"]) == {"load", "vision", "prefill", "decode"}
+    assert data["vanilla"]["answer"] == "yellow" and data["agree"] is True
+    for layer in data["layers"]:
+        assert layer["flops"] == sum(layer["parts"].values())
+    numbers = sum(layer["keys"] for layer in data["layers"]) * 2 * 4 * 32  # keys and values, 4 heads of 32
+    assert data["kv_cache_bytes"] == 4 * numbers  # fp32
+
+
+def test_methods(run):
+    """A method that is another one under its name."""
+    kept = {}
+    for method in ("none", "fastv", "random"):
+        data = json.loads(run("--json", "--method", method)[1])
+        kept[method] = [(s["layer"], s["score"], len(s["kept"])) for s in data["stages"]]
+    assert kept == {"none": [], "fastv": [(2, "last_to_image", 41)], "random": [(2, "random", 41)]}
+    first, again, other = (json.loads(run("--json", "--method", "random", "--seed", s)[1]) for s in (1, 1, 2))
+    assert first["stages"] == again["stages"] != other["stages"]
+
+
+def test_show_and_trace(run, tmp_path):
+    """A picture whose panels do not show what was kept; a table that lacks a stage."""
+    shown = tmp_path / "kept.png"
+    status, out, err = run("--show", shown, "--trace", "--stages", TWO)
+    assert (status, out) == (0, "yellow\n")
+    assert "40 image tokens kept by text_to_image" in err and "10 image tokens kept by image_to_image" in err
+    assert Image.open(shown).size == (3 * 336 + 2 * 8, 336 + 18)
+
+
+def test_own_score(run, tmp_path, monkeypatch):
+    """A criterion of one's own that --stages cannot reach."""
+    (tmp_path / "mine.py").write_text("def first(view):\n    return -view.positions[:, view.image].float()\n")
+    monkeypatch.chdir(tmp_path)
+    data = json.loads(run("--json", "--stages", "3:5:mine:first")[1])
+    assert data["stages"] == [{"layer": 3, "score": "first", "kept": [0, 1, 2, 3, 4]}]
+
+
+def test_text_only(run):
+    """Stages applied, or an image span made up, without a picture."""
+    data = json.loads(run("--json", "--image", "none", "--prompt", "hello")[1])
+    assert data["image_span"] is None and data["stages"] == [] and data["flops"]["vision"] == 0
+
+
+def test_foreign_picture(run, tmp_path):
+    """The small model's nonsense about a photograph given without a word."""
+    noise = Image.effect_noise((200, 150), 100).convert("RGB")
+    noise.save(tmp_path / "x.png")
+    err = run("--image", tmp_path / "x.png", "--prompt", "What is it?", "--max-new-tokens", 1)[2]
+    assert "knows only drawn scenes" in err and "--weights llava-1.5-7b" in err
+    assert "knows only" not in run()[2]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--image", "no_such.png", "--prompt", "x"], "no_such.png"),
+        (["--prompt", "x"], "--image"),
+        (["--weights", "no/such/folder"], "--image"),
+        (["--weights", "nowhere", "--image", "none", "--prompt", "x"], "nowhere"),
+        (["--stages", "2:0.5"], "LAYER:KEEP:SCORE"),
+        (["--stages", "99:0.5:text_to_image"], "does not exist"),
+        (["--stages", "2:500:text_to_image"], "only 81"),
+        (["--stages", "2:0.5:nonsense"], "unknown"),
+        (["--image", "none", "--prompt", " "], "empty"),
+        (["--temperature", "-1"], "temperature"),
+        (["--device", "cuda:99"], "device 'cuda:99'"),
+        (["--show", "no/such/folder/x.png"], "--show"),
+        (["--show", "x.zzz"], "--show"),
+    ],
+)
+def test_errors(run, args, message):
+    """A traceback, an answer on standard output, or another status than 2."""
+    status, out, err = run(*args)
+    assert (status, out.strip()) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: ") and message in err
