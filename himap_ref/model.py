@@ -177,14 +177,12 @@ class Llava(nn.Module):
 
     def _streamer(self, on_text: Callable[[str], None]) -> Callable[[int], None]:
         """Token ids to text as it becomes readable: bytes that are no whole character yet are held back."""
-        stream, started = DecodeStream(skip_special_tokens=True), False
+        stream, pieces = DecodeStream(skip_special_tokens=True), []
 
-        def on_token(id: int) -> None:
-            nonlocal started
-            piece = stream.step(self.tokenizer, id) or ""
-            piece = piece if started else piece.lstrip()
-            if piece:
-                started = True
+        def on_token(token_id: int) -> None:
+            piece = stream.step(self.tokenizer, token_id) or ""
+            if piece := piece if pieces else piece.lstrip():  # no space before the first word
+                pieces.append(piece)
                 on_text(piece)
 
         return on_token

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from .config import LlavaConfig, read_json
 from .errors import HimapError
@@ -123,23 +123,20 @@ def load_weights(model: nn.Module, config: LlavaConfig, folder: Path, dtype: tor
             name, what = rename(theirs), f"{path}: tensor {theirs!r}"
             if is_unused(name, config):
                 continue
+            if name not in expected:
+                raise HimapError(f"{what} is unexpected: config.json describes no such part")
             if name in found:
                 raise HimapError(f"{what} appears twice")
-            found[name] = _checked(file.get_tensor(theirs), expected.get(name), what).to(device, dtype)
+            tensor, shape = file.get_tensor(theirs), expected[name].shape
+            if tensor.shape != shape:
+                raise HimapError(f"{what} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+            if not tensor.is_floating_point():
+                raise HimapError(f"{what} holds {tensor.dtype}, not floating-point numbers")
+            found[name] = tensor.to(device, dtype)
     if missing := [name for name in expected if name not in found]:
         raise HimapError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all): not a complete LLaVA")
     model.load_state_dict(found, strict=True, assign=True)
     model.requires_grad_(False)
-
-
-def _checked(tensor: Tensor, expected: Tensor | None, what: str) -> Tensor:
-    if expected is None:
-        raise HimapError(f"{what} is unexpected: config.json describes no such part")
-    if tensor.shape != expected.shape:
-        raise HimapError(f"{what} has shape {list(tensor.shape)}, config.json asks for {list(expected.shape)}")
-    if not tensor.is_floating_point():
-        raise HimapError(f"{what} holds {tensor.dtype}, not floating-point numbers")
-    return tensor
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:

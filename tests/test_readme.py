@@ -1,0 +1,57 @@
+"""The README's map, links and commands are true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINKS = {  # link text: what stands in the line that it points to
+    "`text_to_image`": "def text_to_image",
+    "`image_to_image`": "def image_to_image",
+    "The loop": "for i, layer in enumerate(self.layers)",
+    "score": "stage.evaluate(view)",
+    "keep the highest": "def keep_highest",
+    "gather": "take_along_dim",
+    "this example": "tokens            bos",
+    "from the cache": "def decode",
+    "`LayerView`": "class LayerView",
+}
+
+
+def test_line_counts():
+    """A map that stopped being true when the code grew."""
+    rows = re.findall(r"\]\((\S+?\.py)\) \| (\d+) \|", README)
+    told = {path: int(lines) for path, lines in rows}
+    assert told == {path: len((ROOT / path).read_text().splitlines()) for path in told}
+    core = {str(path.relative_to(ROOT)) for path in (ROOT / "himap_ref").glob("[!_]*.py")}
+    assert core <= set(told)
+
+
+@pytest.mark.parametrize("text, expected", LINKS.items(), ids=LINKS)
+def test_links_into_the_code(text, expected):
+    """A link that points beside what it names after an edit above it."""
+    path, line = re.search(rf"\[{re.escape(text)}\]\((\S+?)#L(\d+)\)", README).groups()
+    assert expected in (ROOT / path).read_text().splitlines()[int(line) - 1]
+
+
+def test_python_example():
+    """An example in the README that does not run as written."""
+    code = re.search(r"```python\n(import torch.*?)```", README, re.DOTALL)[1]
+    printed = []
+    exec(code, {"print": lambda *values: printed.append(values)})
+    assert printed[0][0] == "yellow" and len(printed[0][1]) == 10 and 0 < printed[0][2] < 1
+
+
+def test_own_criterion():
+    """The README's criterion of one's own does not work."""
+    code = re.search(r"```python\n# mine.py\n(.*?)```", README, re.DOTALL)[1]
+    scope = {}
+    exec(code, scope)
+    from himap_ref import Llava, Stage
+
+    model = Llava.from_pretrained(ROOT / "weights/shapes")
+    stages = [Stage(2, 40, scope["peak_text_to_image"])]
+    answer = model.generate(ROOT / "weights/shapes/example.png", "What color is the star?", stages)
+    assert answer.trace.stages[0].score == "peak_text_to_image" and len(answer.trace.stages[0].kept) == 40
