@@ -190,10 +190,10 @@ class LlamaDecoder(nn.Module):
             if stage := stage_at.get(i + 1):  # HiMAP: stage 1 on entry to layer K1, stage 2 on entry to K2
                 view = LayerView(q, k, v, positions, x, image)
                 scores = stage.evaluate(view)  # (B, N): phi of each image token, from this layer's attention
-                local = keep_highest(scores, stage.count(candidates.shape[1]))  # (B, N') places among the candidates
-                kept = candidates.gather(1, local)  # the same as indices of the whole picture
+                places = keep_highest(scores, stage.count(candidates.shape[1]))  # (B, N') among the candidates
+                kept = candidates.gather(1, places)  # the same as indices of the whole picture
                 trace.stages.append(StageTrace(stage.layer, stage.name, candidates, scores, kept))
-                rows = rows_of(local, image, x.shape[1])  # (B, n'): system, kept image tokens, text
+                rows = rows_of(places, image, x.shape[1])  # (B, n'): system, kept image tokens, text
                 x = x.take_along_dim(rows[..., None], dim=1)  # early drop: the others go no further,
                 q = q.take_along_dim(rows[:, None, :, None], dim=2)  # their k and v stay in this layer's cache
                 all_positions, positions = positions, positions.gather(1, rows)

@@ -12,8 +12,8 @@ Kept tokens stay in order and keep their original positions. With BOS, six image
     kept (of image)                 1   4   5
     rows (of tokens)    0           2   5   6   7   8      <- gathered from x and q
     positions           0           2   5   6   7   8      <- gaps stay: RoPE sees the picture as it was
-    stage 2 keeps 2 of 3, ranked among the three that are left; v1 and v5 win at local places 0 and 2:
-    kept (of image)                 1       5              <- kept = kept[local]: always indices 0..N-1 of the picture
+    stage 2 keeps 2 of 3, ranked among the three that are left; v1 and v5 win at places 0 and 2:
+    kept (of image)                 1       5              <- kept = kept[places]: always indices 0..N-1 of the picture
     positions           0           2       6   7   8
 """
 
@@ -142,10 +142,10 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     return order[:, :count].sort(dim=-1).values
 
 
-def rows_of(local: Tensor, image: slice, n: int) -> Tensor:
+def rows_of(places: Tensor, image: slice, n: int) -> Tensor:
     """(B, N') places within the image -> (B, n - N + N') rows of the sequence: system, those, text."""
-    row = torch.arange(n, device=local.device).expand(len(local), -1)
-    return torch.cat((row[:, : image.start], local + image.start, row[:, image.stop :]), dim=1)
+    row = torch.arange(n, device=places.device).expand(len(places), -1)
+    return torch.cat((row[:, : image.start], places + image.start, row[:, image.stop :]), dim=1)
 
 
 # ---------------------------------------------------------------- trace
