@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,7 @@ def choose_stages(args: argparse.Namespace, settings: dict):
 
 if __name__ == "__main__":
     arguments = parse_args()
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so, but NumPy is not needed
     sys.path.append(str(Path.cwd()))  # so that --stages finds module:function in the current folder
 
     from himap_ref.errors import run_command
