@@ -82,6 +82,10 @@ class Attention(nn.Module):
         """(B, h, r, c) over (B, g, n, c) -> (B, r, d). Without a mask: causal if r = n; a single row sees every key."""
         causal, gqa = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+        return self.project(out)
+
+    def project(self, out: Tensor) -> Tensor:
+        """(B, h, r, c) -> (B, r, d)."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

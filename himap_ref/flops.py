@@ -96,36 +96,35 @@ def _score_rows(config: TextConfig, stage: Stage, image: slice, n: int) -> int:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one answer. decode: per step after the first token. vanilla_*: same prompt and steps, cached, unpruned."""
+    """Of one answer. decode: per step after the first token."""
 
     vision: int
     projector: int
     prefill: int
     decode: tuple[int, ...]
-    vanilla_prefill: int
-    vanilla_decode: tuple[int, ...]
+    vanilla: Flops | None = None  # same prompt and number of steps, cached, nothing pruned
+
+    @property
+    def decoder(self) -> int:
+        return self.prefill + sum(self.decode)
 
     @property
     def total(self) -> int:
-        return self.vision + self.projector + self.prefill + sum(self.decode)
-
-    @property
-    def vanilla_total(self) -> int:
-        return self.vision + self.projector + self.vanilla_prefill + sum(self.vanilla_decode)
-
-    @property
-    def ratio(self) -> float:
-        return self.total / self.vanilla_total
-
-    @property
-    def decoder_ratio(self) -> float:
-        """Prefill and decode only: the part that pruning can touch."""
-        return (self.prefill + sum(self.decode)) / (self.vanilla_prefill + sum(self.vanilla_decode))
+        return self.vision + self.projector + self.decoder
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates: half of `total`."""
         return self.total // 2
+
+    @property
+    def ratio(self) -> float:
+        return self.total / self.vanilla.total
+
+    @property
+    def decoder_ratio(self) -> float:
+        """Prefill and decode only: the part that pruning in the decoder can touch."""
+        return self.decoder / self.vanilla.decoder
 
 
 def count_flops(
@@ -134,18 +133,22 @@ def count_flops(
     span: tuple[int, int] | None,
     prefill: Sequence[LayerTrace],
     decode: Sequence[Sequence[LayerTrace]],
+    image: tuple[int, int] | None = None,
 ) -> Flops:
-    """From the traces of a run on a prompt of n tokens; `span` is None without a picture."""
-    text = config.text_config
-    vanilla = plan_prefill(text, span or (n, n), n)
+    """From the traces of a run on a prompt of n tokens; `span` is None without a picture.
+
+    image: (encoder, projector) FLOPs of the picture where they are not the model's own (`model.ImageReducer`).
+    """
+    text, own, vanilla_n = config.text_config, (0, 0), n
+    if span:
+        own = vision_flops(config), projector_flops(config)
+        vanilla_n = n - (span[1] - span[0]) + config.num_image_tokens
+    vanilla = plan_prefill(text, (vanilla_n, vanilla_n), vanilla_n)
+    steps = plan_decode(vanilla, len(decode))
     return Flops(
-        vision=vision_flops(config) if span else 0,
-        projector=projector_flops(config) if span else 0,
-        prefill=pass_flops(text, prefill),
-        decode=tuple(pass_flops(text, layers) for layers in decode),
-        vanilla_prefill=pass_flops(text, vanilla),
-        vanilla_decode=tuple(pass_flops(text, layers) for layers in plan_decode(vanilla, len(decode))),
-    )
+        *(image or own), pass_flops(text, prefill), tuple(pass_flops(text, layers) for layers in decode),
+        vanilla=Flops(*own, pass_flops(text, vanilla), tuple(pass_flops(text, layers) for layers in steps)),
+    )  # fmt: skip
 
 
 def kv_cache_bytes(config: TextConfig, layers: Sequence[LayerTrace], bytes_per_number: int = 2) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -41,6 +42,19 @@ class Answer:
     traces: list[Trace]  # with reprune one per token, else only `trace`
     flops: Flops
     seconds: dict[str, float]  # vision, prefill, decode
+
+
+class ImageReducer(Protocol):
+    """The seam for methods that prune before the decoder: they make fewer image tokens, all else stays."""
+
+    def num_image_tokens(self, config: LlavaConfig) -> int:
+        """N', as many as `embed_image` makes."""
+
+    def embed_image(self, model: Llava, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, N', d)."""
+
+    def flops(self, config: LlavaConfig) -> tuple[int, int]:
+        """Encoder and projector, per picture, as `embed_image` runs them."""
 
 
 class Llava(nn.Module):
@@ -87,9 +101,9 @@ class Llava(nn.Module):
         """A picture or its file -> pixel_values (1, 3, S, S), fp32 on the CPU."""
         return self.image_processor(load_image(image))
 
-    def encode(self, question: str, has_image: bool = True) -> Prompt:
-        """Question -> ids with the image tokens in place, and their span."""
-        N = self.config.num_image_tokens if has_image else 0
+    def encode(self, question: str, num_image_tokens: int | None = None) -> Prompt:
+        """Question -> ids with the image tokens (default: the model's N; 0: no picture) in place, and their span."""
+        N = self.config.num_image_tokens if num_image_tokens is None else num_image_tokens
         return encode_prompt(self.tokenizer, question, self.template, self.config.image_token_index, N)
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
@@ -138,25 +152,29 @@ class Llava(nn.Module):
         seed: int = 0,
         reprune: bool = False,
         on_text: Callable[[str], None] | None = None,
+        reducer: ImageReducer | None = None,
     ) -> Answer | list[Answer]:
         """Answers a question about a picture (None: no picture, so the stages have nothing to prune).
 
         Lists of pictures and questions are a batch, and a list comes back: prompts of equal length, each picture pruned
         by its own scores. reprune: see `generation.generate`. on_text receives the (first) answer piece by piece.
+        reducer: makes the image tokens in the model's place.
         Raises HimapError for input that does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = [image] * len(prompts) if image is None or isinstance(prompt, str) else list(image)
         if not prompts or len(images) != len(prompts) or len({picture is None for picture in images}) > 1:
             raise HimapError(f"a batch of {len(prompts)} questions needs as many pictures, or None")
-        encoded = [self.encode(question, images[0] is not None) for question in prompts]
+        N = None if reducer is None else reducer.num_image_tokens(self.config)
+        encoded = [self.encode(question, 0 if images[0] is None else N) for question in prompts]
         if len(lengths := {len(p.ids) for p in encoded}) > 1:
             raise HimapError(f"the prompts of a batch must have equal lengths, not {sorted(lengths)} tokens")
 
         device, image_embeds = self.language_model.norm.weight.device, None
         start = clock(device)
         if images[0] is not None:
-            image_embeds = self.embed_image(torch.cat([self.preprocess(picture) for picture in images]))
+            pixel_values = torch.cat([self.preprocess(picture) for picture in images])
+            image_embeds = reducer.embed_image(self, pixel_values) if reducer else self.embed_image(pixel_values)
         x, span = self.embed(torch.tensor([p.ids for p in encoded]), image_embeds)
         seconds = {"vision": clock(device) - start}
         out = generate(
@@ -171,7 +189,8 @@ class Llava(nn.Module):
                 text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(), token_ids=ids,
                 prompt_ids=encoded[b].ids, image_span=span, finish=out.finish[b], first_logits=out.first_logits[b],
                 trace=traces[0], traces=traces, seconds={**seconds, **out.seconds},
-                flops=count_flops(self.config, x.shape[1], span, traces[0].layers, steps[: len(ids) - 1]),
+                flops=count_flops(self.config, x.shape[1], span, traces[0].layers, steps[: len(ids) - 1],
+                                  reducer.flops(self.config) if reducer and span else None),
             ))  # fmt: skip
         return answers[0] if isinstance(prompt, str) else answers
 

@@ -49,17 +49,18 @@ class LayerView:
         self.all, self.last = slice(0, n), slice(n - 1, n)
 
     def attention(self, rows: slice, columns: slice) -> Tensor:
-        """A[rows, columns], (B, rows, columns): how much the rows attend to the columns, mean over heads.
+        """A[rows, columns], (B, rows, columns): how much the rows attend to the columns, mean over heads."""
+        return self.maps(rows)[..., columns].mean(dim=1)
 
-        Softmax in fp32 over all n keys; only the rows asked for are computed.
-        """
+    def maps(self, rows: slice) -> Tensor:
+        """A[rows] of each head, (B, h, rows, n): softmax in fp32 over all n keys, of these rows alone."""
         q, k = self.q[:, :, rows], self.k
         self.score_rows += q.shape[2]
         B, h, r, c = q.shape
         scores = (q * c**-0.5).reshape(B, k.shape[1], -1, c) @ k.mT  # (B, g, h / g * r, n)
         visible = causal_mask(self.positions[:, rows], self.positions)
         scores = scores.view(B, h, r, -1).float().masked_fill(~visible, float("-inf"))
-        return scores.softmax(dim=-1).mean(dim=1)[..., columns]
+        return scores.softmax(dim=-1)
 
 
 # ---------------------------------------------------------------- score functions: who attends to whom
@@ -86,29 +87,34 @@ class Stage:
     """On entry to `layer` (0-based), keep the image tokens that `score` ranks highest in the layer before.
 
     keep: an int is a count; a float in (0, 1] is a share of the image tokens that enter the stage, rounded to nearest.
+    keep 0 with no score drops the whole picture, which ranks nothing.
     """
 
     layer: int
     keep: int | float
-    score: Score
+    score: Score | None
 
     def __post_init__(self):
         if type(self.layer) is not int or self.layer < 1:
             raise HimapError(f"stage layer {self.layer!r}: expected a whole number from 1 (layer K-1 ranks)")
+        if type(self.keep) is int and self.keep == 0 and self.score is None:
+            return
         share, count = type(self.keep) is float and 0 < self.keep <= 1, type(self.keep) is int and self.keep >= 1
         if not (share or count):
-            raise HimapError(f"stage keep {self.keep!r}: expected a count of at least 1 or a share in (0, 1]")
+            hint = " (0 drops the whole picture: only with no score)" if self.keep == 0 else ""
+            raise HimapError(f"stage keep {self.keep!r}: expected a count of at least 1 or a share in (0, 1]{hint}")
         if not callable(self.score):
             raise HimapError(f"stage score {self.score!r}: expected a function from LayerView to (B, N) scores")
 
     @property
     def name(self) -> str:
         function = getattr(self.score, "func", self.score)  # func: of a functools.partial
-        return getattr(function, "__name__", type(function).__name__)
+        return "none" if function is None else getattr(function, "__name__", type(function).__name__)
 
     def evaluate(self, view: LayerView) -> Tensor:
         """(B, N) scores in fp32 by the score function; raises HimapError if it returns anything else."""
-        scores, expected = self.score(view), (len(view.q), view.image.stop - view.image.start)
+        expected = len(view.q), view.image.stop - view.image.start
+        scores = view.hidden.new_zeros(expected) if self.score is None else self.score(view)
         if not isinstance(scores, Tensor) or scores.shape != expected:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise HimapError(f"score {self.name!r} at layer {self.layer} returned {got}, not (B, N) = {list(expected)}")

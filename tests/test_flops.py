@@ -95,10 +95,10 @@ def test_whole_answer(tiny_llava, embeddings, reprune):
     answer = count_flops(config, 25, span, out.traces[0].layers, decode)
     assert len(answer.decode) == 3
     assert answer.total == flops + vision_flops(config) + projector_flops(config) == answer.macs * 2
-    assert answer.vanilla_total == vanilla + vision_flops(config) + projector_flops(config)
-    assert answer.decoder_ratio == flops / vanilla and answer.ratio == answer.total / answer.vanilla_total
+    assert answer.vanilla.total == vanilla + vision_flops(config) + projector_flops(config)
+    assert answer.decoder_ratio == flops / vanilla and answer.ratio == answer.total / answer.vanilla.total
     blind = count_flops(config, 25, None, plan_prefill(text, (25, 25), 25), ())
-    assert blind.total == blind.vanilla_total == pass_flops(text, plan_prefill(text, (25, 25), 25))
+    assert blind.total == blind.vanilla.total == pass_flops(text, plan_prefill(text, (25, 25), 25))
 
 
 def test_parts_of_a_layer():

@@ -71,7 +71,7 @@ def answer_all(model: Llava, asked: list[tuple[Scene, Question]], stages: tuple[
             )
             for p, a in zip(part, answers, strict=True):
                 f = a.flops
-                results[p] = (a.text, f.prefill + sum(f.decode), f.vanilla_prefill + sum(f.vanilla_decode))
+                results[p] = (a.text, f.decoder, f.vanilla.decoder)
     return results
 
 
