@@ -27,7 +27,8 @@ def parse_args() -> argparse.Namespace:
     add("--prompt", help="the question")
     add("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
     add("--template", help="vicuna_v1, llava-hf, shapes, or text with <image> and {question} (default: the model's)")
-    add("--method", default="himap", choices=("himap", "fastv", "random", "none"), help="default: himap")
+    add("--method", default="himap", help="himap (default), himap-paper, himap-caption, fastv, pyramiddrop, vtw, "
+        "random, none; before the decoder: cls:TOKENS, pool:SIDE")
     add("--stages", help='LAYER:KEEP:SCORE,... instead of --method: "2:0.5:text_to_image,8:72:image_to_image"; KEEP '
         "with a point is a share, else a count; SCORE is a name or your own module:function")
     add("--max-new-tokens", type=int, default=128)
@@ -51,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
     from himap_ref.image import load_image
     from himap_ref.prompt import TEMPLATES
     from himap_ref.studies import report
+    from himap_ref.studies.methods import Method, parse_method, parse_stages
 
     embedded = Path(args.weights).resolve() == EMBEDDED.resolve()
     if (args.image is None) != (args.prompt is None) or args.image is None and not embedded:
@@ -71,17 +73,19 @@ def main(args: argparse.Namespace) -> None:
     if embedded and image is not None and not report.looks_drawn(image):
         print("note: " + model.settings["note"], file=sys.stderr)
 
+    name = f"random{args.seed}" if args.method == "random" else args.method
+    method = parse_method(name, model) if args.stages is None else Method("stages", parse_stages(args.stages))
     ask = partial(
         model.generate, image, prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_p=args.top_p, seed=args.seed, reprune=args.reprune,
+        top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
-    stages, vanilla = choose_stages(args, model.settings), None
+    ask_pruned, vanilla = partial(ask, method.stages, reprune=args.reprune, reducer=method.reducer), None
     if args.compare:  # warmed up, and nothing printed in between: both sides are timed alike
-        ask(stages), ask((), reprune=False)
-        answer, vanilla = ask(stages), ask((), reprune=False)
+        ask_pruned(), ask()
+        answer, vanilla = ask_pruned(), ask()
         print(answer.text if not args.json else "", end="\n" if not args.json else "")
     else:
-        answer = ask(stages, on_text=None if args.json else partial(print, end="", flush=True))
+        answer = ask_pruned(on_text=None if args.json else partial(print, end="", flush=True))
         print(end="" if args.json else "\n", flush=True)
 
     result = report.as_json(model.config, answer, {**seconds, **answer.seconds}, vanilla)
@@ -95,20 +99,6 @@ def main(args: argparse.Namespace) -> None:
     print(report.compare_table(answer, vanilla) if vanilla else report.summary(result), file=sys.stderr)
     if args.json:
         print(json.dumps(result))
-
-
-def choose_stages(args: argparse.Namespace, settings: dict):
-    """--stages, else --method; "himap" is the schedule that the weights recommend for themselves, if they do."""
-    from himap_ref import Stage
-    from himap_ref.studies.methods import METHODS, parse_stages, random
-
-    if args.stages is not None:
-        return parse_stages(args.stages)
-    if args.method == "himap" and "stages" in settings:
-        return parse_stages(settings["stages"], trusted=False)
-    if args.method == "random":
-        return tuple(Stage(s.layer, s.keep, partial(random, seed=args.seed)) for s in METHODS["random"])
-    return METHODS[args.method]
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ def vision_flops(config: LlavaConfig) -> int:
     return patches + config.vision_layers_used * layer
 
 
-def projector_flops(config: LlavaConfig) -> int:
-    """One picture."""
+def projector_flops(config: LlavaConfig, tokens: int | None = None) -> int:
+    """One picture, of which `tokens` (default: all) are projected."""
     d_vision, d = config.vision_config.hidden_size, config.text_config.hidden_size
-    return 2 * config.num_image_tokens * (d_vision * d + (d * d if config.projector_type == "mlp2x_gelu" else 0))
+    tokens = config.num_image_tokens if tokens is None else tokens
+    return 2 * tokens * (d_vision * d + (d * d if config.projector_type == "mlp2x_gelu" else 0))
 
 
 def layer_flops(config: TextConfig, layer: LayerTrace) -> dict[str, int]:

@@ -1,27 +1,42 @@
 """Methods by name: HiMAP beside its baselines, and schedules as text ("2:0.5:text_to_image,8:72:image_to_image").
 
-A baseline is a score function like HiMAP's own two, so it runs through the same loop and is counted the same way.
+A baseline in the decoder is a score function like HiMAP's own two, one before it a reducer (reducers.py): all run
+through the same loop and are counted the same way.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import HimapError
-from ..pruning import HIMAP, LayerView, Score, Stage, image_to_image, text_to_image
+from ..model import ImageReducer, Llava
+from ..pruning import HIMAP, HIMAP_CAPTION, LayerView, Score, Stage, image_to_image, text_to_image
+from .reducers import AveragePool, ClsAttention
+
+# ---------------------------------------------------------------- scores
 
 
 def last_to_image(view: LayerView) -> Tensor:
-    """FastV (arXiv 2403.06764) as its code has it: the attention of the last row alone."""
+    """FastV (arXiv 2403.06764) as its code has it, and PyramidDrop: the attention of the last row alone."""
     return view.attention(view.last, view.image).sum(dim=1)
 
 
 def all_to_image(view: LayerView) -> Tensor:
     """FastV as its paper has it: attention averaged over all rows."""
     return view.attention(view.all, view.image).mean(dim=1)
+
+
+def image_to_image_mean(view: LayerView) -> Tensor:
+    """HiMAP's stage 2 without the bias of its sum: the mean over the image rows that can see v."""
+    scores = image_to_image(view)
+    return scores / torch.arange(scores.shape[1], 0, -1, device=scores.device)  # v is seen by itself and all after it
 
 
 def random(view: LayerView, seed: int = 0) -> Tensor:
@@ -31,17 +46,70 @@ def random(view: LayerView, seed: int = 0) -> Tensor:
     return scores.to(view.q.device).expand(len(view.q), -1)
 
 
-SCORES = {score.__name__: score for score in (text_to_image, image_to_image, last_to_image, all_to_image, random)}
+SCORES: dict[str, Score] = {
+    score.__name__: score
+    for score in (text_to_image, image_to_image, image_to_image_mean, last_to_image, all_to_image, random)
+}
+
+# ---------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """Stages in the decoder, or a reducer before it, or neither (vanilla). name: the text it was made from."""
+
+    name: str
+    stages: tuple[Stage, ...] = ()
+    reducer: ImageReducer | None = None
+
+
 FASTV = (Stage(2, 0.5, last_to_image),)
-RANDOM = (Stage(2, 0.5, random),)
-METHODS: dict[str, tuple[Stage, ...]] = {"himap": HIMAP, "fastv": FASTV, "random": RANDOM, "none": ()}
+
+# name -> stages for a decoder of so many layers
+METHODS: dict[str, Callable[[int], tuple[Stage, ...]]] = {
+    "himap": lambda layers: HIMAP,  # or what the weights recommend for themselves: see parse_method
+    "himap-paper": lambda layers: HIMAP,
+    "himap-caption": lambda layers: HIMAP_CAPTION,
+    "fastv": lambda layers: FASTV,
+    "vtw": lambda layers: (Stage(15 * layers // 32, 0, None),),  # arXiv 2405.05803: layer 15 of 32
+    "pyramiddrop": lambda layers: tuple(  # arXiv 2410.17247: layers 8, 16, 24 of 32, half of the tokens each time
+        Stage(quarter * layers // 4, 0.5, last_to_image) for quarter in (1, 2, 3)
+    ),
+    "random": lambda layers: (Stage(2, 0.5, random),),
+    "none": lambda layers: (),
+}
+REDUCERS = {"cls": ClsAttention, "pool": AveragePool}
+
+
+def parse_method(text: str, model: Llava) -> Method:
+    """A name of `METHODS`, cls:TOKENS, pool:SIDE, or stages as text.
+
+    "himap" is the schedule that the weights recommend for themselves (himap.json), if they do; "random7" is chance with
+    seed 7. Raises HimapError that quotes what is at fault.
+    """
+    kind, _, number = text.partition(":")
+    if kind in REDUCERS:
+        if not number.isdecimal():
+            raise HimapError(f"method {text!r}: expected {kind}:NUMBER, such as {kind}:9")
+        reducer = REDUCERS[kind](int(number))
+        reducer.num_image_tokens(model.config)
+        return Method(text, reducer=reducer)
+    if text == "himap" and "stages" in model.settings:
+        return Method(text, parse_stages(model.settings["stages"], trusted=False))
+    if re.fullmatch(r"random\d+", text):
+        return Method(text, (Stage(2, 0.5, _find_score(text, trusted=False)),))
+    if text in METHODS:
+        return Method(text, METHODS[text](model.config.text_config.num_hidden_layers))
+    if ":" not in text:
+        raise HimapError(f"method {text!r} is unknown: expected {', '.join(METHODS)}, cls:TOKENS, pool:SIDE or stages")
+    return Method(text, parse_stages(text))
 
 
 def parse_stages(text: str, trusted: bool = True) -> tuple[Stage, ...]:
     """LAYER:KEEP:SCORE, comma-separated, to stages; a keep with a point is a share, without one a count.
 
-    A score is a name of `SCORES` or, if `trusted` (typed by the user, not read from a file), `module:function`.
-    Raises HimapError that quotes the stage at fault.
+    A score is a name of `SCORES`, random7 (seed 7), none (with keep 0: the whole picture goes) or, if `trusted` (typed
+    by the user, not read from a file), `module:function`. Raises HimapError that quotes the stage at fault.
     """
     stages = []
     for part in text.split(",") if text.strip() else ():
@@ -54,11 +122,17 @@ def parse_stages(text: str, trusted: bool = True) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _find_score(name: str, trusted: bool) -> Score:
+def _find_score(name: str, trusted: bool) -> Score | None:
+    if name == "none":
+        return None
+    if name in SCORES:
+        return SCORES[name]
+    if seeded := re.fullmatch(r"random(\d+)", name):
+        return partial(random, seed=int(seeded[1]))
     module, colon, function = name.partition(":")
-    if name not in SCORES and not (trusted and colon):
+    if not (trusted and colon):
         raise HimapError(f"score {name!r} is unknown: expected {', '.join(SCORES)} or module:function")
     try:
-        return SCORES[name] if name in SCORES else getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise HimapError(f"score {name!r} cannot be imported ({error})") from None

@@ -1,0 +1,32 @@
+"""Options that the studies share: which weights, where they run, and how a results file names them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..model import Llava
+from ..weights import find_folder
+from .records import fingerprint
+
+EMBEDDED = Path(__file__).parents[2] / "weights" / "shapes"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", default=EMBEDDED, help="folder, hub id, llava-1.5-7b, llava-1.5-13b; "
+                        "default: the embedded model")  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="default: float32, bfloat16 for other --weights")  # fmt: skip
+
+
+def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
+    """The model, and the settings that a results file records of it."""
+    folder = find_folder(args.weights, args.revision)
+    embedded = folder.resolve() == EMBEDDED.resolve()
+    dtype = args.dtype or ("float32" if embedded else "bfloat16")
+    model = Llava.from_pretrained(folder, getattr(torch, dtype), args.device)
+    return model, {"weights": fingerprint(folder), "dtype": dtype, "device": torch.device(args.device).type}

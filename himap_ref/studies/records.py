@@ -1,0 +1,110 @@
+"""Results as JSON lines that survive an interruption: append, find again, go on.
+
+The first line holds the settings, every later one a result with its `id`. A line that a kill tore is cut off at the
+next start; results of other settings, and a file that another run is writing, are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+
+from ..errors import HimapError
+from ..weights import tensor_files
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one file are not noticed there
+    fcntl = None
+
+
+class Records:
+    """A results file, open for this run alone. Use with `with`; `rows` maps each id to what was recorded under it."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.rows = path, {}
+        settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists then
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise HimapError(f"{path}: cannot be written ({error.strerror})") from None
+        try:
+            self._lock()
+            self._read(settings)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._fd)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self.rows
+
+    def add(self, id: str, row: dict) -> None:
+        """Records a result at once; raises HimapError if the disk is full (what was recorded before stays)."""
+        if id in self.rows:
+            raise HimapError(f"{self.path}: {id!r} is there already")
+        self._write({"id": id, **row})
+        self.rows[id] = row
+
+    def _lock(self) -> None:
+        try:
+            if fcntl:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when this process ends
+        except OSError:
+            raise HimapError(f"{self.path}: another run is writing it: wait, or choose another --out") from None
+
+    def _read(self, settings: dict) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.ftruncate(self._fd, whole)
+        lines = data[:whole].splitlines()
+        if not lines:
+            self._write({"settings": settings})
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    self._compare(row["settings"], settings)
+                else:
+                    self.rows[row.pop("id")] = row
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if isinstance(error, HimapError):
+                    raise
+                raise HimapError(f"{self.path}: line {number} is no result of ours: choose another --out") from None
+
+    def _compare(self, theirs: dict, ours: dict) -> None:
+        for name in {**theirs, **ours}:
+            if theirs.get(name) != ours.get(name):
+                raise HimapError(
+                    f"{self.path}: holds results with {name} {theirs.get(name)!r}, not {ours.get(name)!r}: "
+                    "choose another --out, or remove the file"
+                )
+
+    def _write(self, row: dict) -> None:
+        line = memoryview(json.dumps(row).encode() + b"\n")
+        try:
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except OSError as error:
+            raise HimapError(f"{self.path}: cannot be written ({error.strerror}); run again to go on") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of the weights: of each file its name, its size and the first and last MiB."""
+    digest = sha256()
+    for path in tensor_files(folder):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            digest.update(file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

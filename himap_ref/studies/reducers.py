@@ -1,0 +1,78 @@
+"""Methods that prune before the decoder: fewer image tokens enter it (`model.ImageReducer`).
+
+The tokens that remain stand next to each other in the prompt, positions included, as these methods' own code has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import LlavaConfig
+from ..errors import HimapError
+from ..flops import projector_flops, vision_flops
+from ..model import Llava
+from ..pruning import keep_highest
+
+
+@dataclass(frozen=True)
+class ClsAttention:
+    """Keeps the `keep` patches that the class token attends to most, mean over heads, in the encoder's last used layer.
+
+    Source: FasterVLM (arXiv 2412.01818). Only the kept patches go through the projector.
+    """
+
+    keep: int
+
+    def num_image_tokens(self, config: LlavaConfig) -> int:
+        patches = config.vision_config.num_patches
+        if config.vision_feature_select_strategy != "default":
+            raise HimapError("CLS attention ranks patches; this model keeps the class token among them")
+        if not 1 <= self.keep <= patches:
+            raise HimapError(f"cls:{self.keep}: the picture has {patches} image tokens: keep 1 to {patches}")
+        return self.keep
+
+    def embed_image(self, model: Llava, pixel_values: Tensor) -> Tensor:
+        tower, projector = model.vision_tower, model.multi_modal_projector
+        weight = projector.linear_1.weight
+        x = tower.pre_layrnorm(tower.embeddings(pixel_values.to(weight.device, weight.dtype)))
+        for layer in tower.layers[:-1]:
+            x = layer(x)
+        last = tower.layers[-1]
+        h, attn = last.layer_norm1(x), last.self_attn
+        q, k = attn.heads(attn.q_proj(h[:, :1])), attn.heads(attn.k_proj(h))  # (B, h, 1, c), (B, h, T, c)
+        attention = ((q * q.shape[-1] ** -0.5) @ k.mT).float().softmax(dim=-1).mean(dim=1)[:, 0, 1:]  # (B, P)
+        kept = keep_highest(attention, self.keep)
+        return projector(last(x)[:, 1:].take_along_dim(kept[..., None], dim=1))
+
+    def flops(self, config: LlavaConfig) -> tuple[int, int]:
+        """The class token's query, its scores, and keys once more (the layer makes its own)."""
+        d, tokens = config.vision_config.hidden_size, config.vision_config.num_patches + 1
+        ranking = 2 * d * d + 2 * tokens * d * d + 2 * tokens * d
+        return vision_flops(config) + ranking, projector_flops(config, self.num_image_tokens(config))
+
+
+@dataclass(frozen=True)
+class AveragePool:
+    """Averages the projected tokens over the patch grid down to side x side (adaptive where it does not divide)."""
+
+    side: int
+
+    def num_image_tokens(self, config: LlavaConfig) -> int:
+        grid = config.vision_config.image_size // config.vision_config.patch_size
+        if config.vision_feature_select_strategy != "default":
+            raise HimapError("average pooling needs a grid of patches; this model keeps the class token among them")
+        if not 1 <= self.side <= grid:
+            raise HimapError(f"pool:{self.side}: the picture has {grid} x {grid} image tokens: a side of 1 to {grid}")
+        return self.side**2
+
+    def embed_image(self, model: Llava, pixel_values: Tensor) -> Tensor:
+        x = model.embed_image(pixel_values)  # (B, N, d)
+        grid = x.mT.unflatten(2, (round(x.shape[1] ** 0.5), -1))  # (B, d, rows, columns)
+        return F.adaptive_avg_pool2d(grid, self.side).flatten(2).mT
+
+    def flops(self, config: LlavaConfig) -> tuple[int, int]:
+        """The model's own: averaging multiplies no matrices."""
+        return vision_flops(config), projector_flops(config)
