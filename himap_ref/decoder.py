@@ -115,18 +115,27 @@ class DecoderLayer(nn.Module):
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, g, length, c) each."""
+    """Keys and values of one layer, (B, g, length, c) each: the filled part of two buffers with room for more."""
+
+    ROOM = 128  # tokens; copying the whole cache for every token would cost as much as attending to it
 
     def __init__(self):
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+        self.buffers: list[Tensor] = []
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds tokens behind the cached ones and returns all."""
-        if self.k is not None:
-            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-        self.k, self.v = k, v
-        return k, v
+        if self.k is None:  # the prompt's, as they are: an answer of one token never needs a buffer
+            self.k, self.v = k, v
+            return k, v
+        start, stop = self.k.shape[2], self.k.shape[2] + k.shape[2]
+        if not self.buffers or self.buffers[0].shape[2] < stop:
+            self.buffers = [F.pad(x, (0, 0, 0, k.shape[2] + self.ROOM)) for x in (self.k, self.v)]
+        for buffer, new in zip(self.buffers, (k, v), strict=True):
+            buffer[:, :, start:stop] = new
+        self.k, self.v = (buffer[:, :, :stop] for buffer in self.buffers)
+        return self.k, self.v
 
 
 @dataclass
