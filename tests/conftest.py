@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from himap_ref import LlamaDecoder, Llava, LlavaConfig, TextConfig, VisionConfig
+from himap_ref.studies.scenes import UNSEEN, draw, make_scene
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -62,6 +63,18 @@ def tiny_llava():
 def embeddings():
     """Factory: (B, n, d) random prompt."""
     return lambda B, n, d=32, seed=1: torch.randn(B, n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """The embedded model."""
+    return Llava.from_pretrained(Path(__file__).parents[1] / "weights" / "shapes")
+
+
+@pytest.fixture(scope="session")
+def scene_picture():
+    """A drawn scene that training never saw."""
+    return draw(make_scene(UNSEEN + 10))
 
 
 @pytest.fixture(scope="session")

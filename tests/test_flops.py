@@ -58,6 +58,7 @@ CASES = {
     "first vision layer": ({"vision_feature_layer": 1, "vision": {"patch_size": 4}}, (Stage(2, 0.5, both_ways),)),
     "no vision layer": ({"vision_feature_layer": 0}, (Stage(1, 1, image_to_image), Stage(4, 1, text_to_image))),
     "wide heads": ({"text": {"head_dim": 12, "num_hidden_layers": 3}}, (Stage(2, 16, image_to_image),)),
+    "the whole picture": ({}, (Stage(2, 9, text_to_image), Stage(3, 0, None))),
     "one layer": ({"text": {"num_hidden_layers": 1}}, ()),
 }
 

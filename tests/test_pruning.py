@@ -44,7 +44,7 @@ def slow_decoder(decoder, x, span, stages=(), prompt=None):
     for i in range(config.num_hidden_layers):
         for stage in stages:
             if stage.layer == i:
-                rows = range(span[1], prompt or n) if stage.score is text_to_image else alive
+                rows = {text_to_image: range(span[1], prompt or n), image_to_image: alive, None: ()}[stage.score]
                 score = brute_score(attention[-1].mean(0), rows, alive)
                 winners = sorted(sorted(alive, key=lambda v: (-score[v], v))[: stage.keep])
                 visible[:, [v for v in alive if v not in winners]] = False
@@ -77,6 +77,7 @@ SCHEDULES = {
     "swapped": (Stage(1, 7, image_to_image), Stage(4, 2, text_to_image)),
     "last layer": (Stage(4, 1, image_to_image),),
     "three stages": (Stage(1, 9, text_to_image), Stage(2, 5, image_to_image), Stage(4, 3, text_to_image)),
+    "the whole picture": (Stage(1, 7, text_to_image), Stage(3, 0, None)),
 }
 
 

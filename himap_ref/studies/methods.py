@@ -15,9 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..config import LlavaConfig
 from ..errors import HimapError
 from ..model import ImageReducer, Llava
 from ..pruning import HIMAP, HIMAP_CAPTION, LayerView, Score, Stage, image_to_image, text_to_image
+from .literature import tokens_per_layer
 from .reducers import AveragePool, ClsAttention
 
 # ---------------------------------------------------------------- scores
@@ -62,6 +64,14 @@ class Method:
     stages: tuple[Stage, ...] = ()
     reducer: ImageReducer | None = None
 
+    def num_image_tokens(self, config: LlavaConfig) -> int:
+        """Those that enter the decoder."""
+        return self.reducer.num_image_tokens(config) if self.reducer else config.num_image_tokens
+
+    def tokens_per_layer(self, config: LlavaConfig) -> list[int]:
+        """Image tokens in each layer, as papers count; raises HimapError if the stages do not fit the model."""
+        return tokens_per_layer(self.stages, self.num_image_tokens(config), config.text_config.num_hidden_layers)
+
 
 FASTV = (Stage(2, 0.5, last_to_image),)
 
@@ -87,13 +97,17 @@ def parse_method(text: str, model: Llava) -> Method:
     "himap" is the schedule that the weights recommend for themselves (himap.json), if they do; "random7" is chance with
     seed 7. Raises HimapError that quotes what is at fault.
     """
+    method = _parse_method(text, model)
+    method.tokens_per_layer(model.config)
+    return method
+
+
+def _parse_method(text: str, model: Llava) -> Method:
     kind, _, number = text.partition(":")
     if kind in REDUCERS:
         if not number.isdecimal():
             raise HimapError(f"method {text!r}: expected {kind}:NUMBER, such as {kind}:9")
-        reducer = REDUCERS[kind](int(number))
-        reducer.num_image_tokens(model.config)
-        return Method(text, reducer=reducer)
+        return Method(text, reducer=REDUCERS[kind](int(number)))
     if text == "himap" and "stages" in model.settings:
         return Method(text, parse_stages(model.settings["stages"], trusted=False))
     if re.fullmatch(r"random\d+", text):

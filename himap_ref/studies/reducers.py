@@ -30,6 +30,8 @@ class ClsAttention:
         patches = config.vision_config.num_patches
         if config.vision_feature_select_strategy != "default":
             raise HimapError("CLS attention ranks patches; this model keeps the class token among them")
+        if config.vision_layers_used == 0:
+            raise HimapError("CLS attention needs an encoder layer to rank by; this model uses none")
         if not 1 <= self.keep <= patches:
             raise HimapError(f"cls:{self.keep}: the picture has {patches} image tokens: keep 1 to {patches}")
         return self.keep
