@@ -1,0 +1,225 @@
+"""Metrics as the field computes them, and what tells a difference from chance.
+
+A metric judges an answer (`score`, 0 to 1), all answers together (`summary`), or both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+
+from ..errors import HimapError
+from .questions import Example
+
+Answered = Sequence[tuple[str, Example]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """score: of one answer, None if only all together can be judged. figures: of all; by default the mean score."""
+
+    name: str
+    score: Callable[[str, Example], float] | None
+    figures: Callable[[Answered], dict[str, float]] | None = None
+
+    def summary(self, answered: Answered) -> dict[str, float]:
+        """Figures by name, the first the one to quote. Raises HimapError if there is nothing to judge."""
+        if not answered:
+            raise HimapError(f"{self.name}: there are no answers to judge")
+        if self.figures:
+            return self.figures(answered)
+        return {"accuracy": mean(self.score(answer, example) for answer, example in answered)}
+
+
+# ---------------------------------------------------------------- equal to a right answer
+
+
+def exact(answer: str, example: Example) -> float:
+    """1 if the answer is one of the right ones: case, full stops and all, blanks around both aside.
+
+    The official HiMAP code judges its letters so (`outputs.strip() == label`): "B." and "B. Rhode Island" are wrong.
+    """
+    return float(answer.strip() in {right.strip() for right in example.answers})
+
+
+# ---------------------------------------------------------------- VQA accuracy
+
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS.split())}}
+ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the full stop, which has its own rule, nor the apostrophe
+CONTRACTED = """
+    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't
+    shan't shouldn't wasn't weren't won't wouldn't couldn't've hadn't've mightn't've shouldn't've wouldn't've
+    could've might've must've not've should've they've we've what've where've who've would've you've
+    he'd he'd've how'd it'd it'd've she'd've somebody'd've someone'd someone'd've something'd something'd've there'd
+    there'd've they'd they'd've we'd've where'd who'd who'd've y'all'd've you'd you'd've
+    how'll it'll somebody'll someone'll something'll they'll what'll who'll why'll y'all y'all'll you'll
+    there're they're what're why're you're he's how's somebody's someone's that's there's what's when's where's who's
+    why's ma'am o'clock 'twas 'ow's'at
+"""
+CONTRACTIONS = {  # without any one of its apostrophes -> with it
+    word[:i] + word[i + 1 :]: word for word in CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
+}
+CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round in the official table too
+
+
+def normalize(answer: str) -> str:
+    """An answer as VQA's evaluation compares it (github.com/GT-Vision-Lab/VQA, vqaEval.py).
+
+    Marks become blanks, or nothing where one stands beside a blank or a comma parts two digits; full stops go unless a
+    digit follows; then lower case, number words to digits, no articles, apostrophes put back.
+    """
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    thousands, result = re.search(r"\d,\d", text), text
+    for mark in PUNCTUATION:
+        close_up = thousands or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if close_up else " ")
+    result = re.sub(r"\.(?!\d)", "", result)
+    words = [NUMBERS.get(word, word) for word in result.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa(answer: str, example: Example) -> float:
+    """VQA accuracy (Antol et al. 2015): min(agreeing people / 3, 1), averaged over leaving each of the ten out once.
+
+    Fewer than ten answers count as if repeated up to ten (as OK-VQA's five are): a single right one is worth 1. Always
+    normalised: vqaEval.py compares as is where all ten are the same, and would call "Yes" wrong there.
+    """
+    right = [normalize(text) for text in example.answers]
+    people = max(10, len(right))
+    agree = right.count(normalize(answer)) * people / len(right)
+    without_another, without_one_of_them = min(agree / 3, 1), min((agree - 1) / 3, 1)
+    return ((people - agree) * without_another + agree * without_one_of_them) / people
+
+
+# ---------------------------------------------------------------- POPE
+
+
+def says_yes(answer: str) -> bool:
+    """How LLaVA's eval_pope.py reads an answer: no if the first sentence holds "No", "no" or "not", yes otherwise."""
+    words = answer.strip().split(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+def _is_yes(example: Example) -> bool:
+    label = example.answers[0].strip().lower()
+    if label not in ("yes", "no"):
+        raise HimapError(f"pope: the right answer of {example.id} is {label!r}, not yes or no: choose another metric")
+    return label == "yes"
+
+
+def pope(answer: str, example: Example) -> float:
+    return float(says_yes(answer) == _is_yes(example))
+
+
+def pope_figures(answered: Answered) -> dict[str, float]:
+    """Of "is it there?" (Li et al. 2023), "yes" being the positive class; 0 where a figure is undefined.
+
+    LLaVA's tables quote F1, the mean of the random, popular and adversarial questions' own.
+    """
+    pairs = [(says_yes(answer), _is_yes(example)) for answer, example in answered]
+    hits, said, true = (sum(column) for column in zip(*((s and t, s, t) for s, t in pairs), strict=True))
+    return {
+        "accuracy": mean(s == t for s, t in pairs),
+        "precision": hits / said if said else 0.0,
+        "recall": hits / true if true else 0.0,
+        "f1": 2 * hits / (said + true) if hits else 0.0,
+        "yes_share": said / len(pairs),
+    }
+
+
+# ---------------------------------------------------------------- captions
+
+
+def cider(answered: Answered) -> dict[str, float]:
+    """CIDEr-D (Vedantam et al. 2015) by pycocoevalcap, the COCO evaluation's code. It needs Java for its tokeniser.
+
+    Scaled by 10 as everywhere, so that 1.0 is what papers print as 100. Rare words weigh more, and how rare a word is
+    follows from the references of these very questions: figures compare only on the same set, and one picture alone
+    scores 0.
+    """
+    try:
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    except ImportError:
+        raise HimapError("cider needs pycocoevalcap: pip install 'himap-ref[captions]'") from None
+    if shutil.which("java") is None:
+        raise HimapError("cider needs Java for its tokeniser: install a Java runtime, 8 or newer")
+    captions = {  # of each question the answer, then the references; one line each, because the tokeniser reads lines
+        i: [{"caption": " ".join(text.split())} for text in (answer, *example.answers)]
+        for i, (answer, example) in enumerate(answered)
+    }
+    try:
+        tokens = PTBTokenizer().tokenize(captions)
+    except OSError as error:  # it writes beside its own code
+        raise HimapError(f"cider's tokeniser could not run ({error})") from None
+    if any(len(tokens.get(i, ())) != len(lines) for i, lines in captions.items()):
+        raise HimapError("cider's tokeniser lost lines: see what Java said above")
+    score, _ = Cider().compute_score({i: t[1:] for i, t in tokens.items()}, {i: t[:1] for i, t in tokens.items()})
+    return {"cider": float(score)}
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("letter", exact),  # by the name under which readers of the official code look for it
+        Metric("exact", exact),
+        Metric("vqa", vqa),
+        Metric("pope", pope, pope_figures),
+        Metric("cider", None, cider),
+    )
+}
+
+
+# ---------------------------------------------------------------- chance
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    p, z2 = hits / n, z * z
+    middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+
+
+def bootstrap(scores: Sequence[float], seed: int = 0, repeats: int = 2000) -> tuple[float, float]:
+    """95 % interval of a mean of scores of any size: percentiles over samples drawn with replacement (Efron 1979)."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    n, generator = len(values), torch.Generator().manual_seed(seed)
+    means = [values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(repeats)]
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def interval(scores: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of their mean: Wilson's for hits and misses, else the bootstrap's."""
+    return wilson(int(sum(scores)), len(scores)) if set(scores) <= {0, 1} else bootstrap(scores)
+
+
+def paired(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
+    """The same questions, right or wrong under a and under b: how many b lost and won, and how likely by chance.
+
+    p: McNemar's exact test, two-sided: that lost and won differ so much, were either as likely. agreement: the share
+    right under both or wrong under both.
+    """
+    if len(a) != len(b) or not a:
+        raise HimapError(f"{len(a)} answers cannot be paired with {len(b)}: they must be to the same questions")
+    lost = sum(x and not y for x, y in zip(a, b, strict=True))
+    won = sum(y and not x for x, y in zip(a, b, strict=True))
+    flips = lost + won
+    return {"agreement": 1 - flips / len(a), "lost": lost, "won": won, "p": _two_sided(min(lost, won), flips)}
+
+
+def _two_sided(k: int, n: int) -> float:
+    """Twice the chance of at most k heads in n throws, in whole numbers: floats underflow beyond 1000 throws."""
+    ways = total = 1
+    for i in range(k):
+        ways = ways * (n - i) // (i + 1)  # n over i + 1
+        total += ways
+    return min(1.0, 2 * total / 2**n)

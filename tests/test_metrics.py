@@ -1,0 +1,274 @@
+"""Metrics against cases worked by hand, and against what the official evaluations say of the same answers."""
+
+import math
+import random
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from himap_ref import HimapError
+from himap_ref.studies.metrics import METRICS, bootstrap, normalize, paired, says_yes, wilson
+from himap_ref.studies.questions import Example
+
+
+def example(*answers):
+    return Example("q1", "Which?", answers, "", Path("a.png"))
+
+
+def score(metric, answer, *answers):
+    return METRICS[metric].score(answer, example(*answers))
+
+
+def test_every_metric_by_its_name():
+    """A metric under another's name, or one without any figure."""
+    assert list(METRICS) == ["letter", "exact", "vqa", "pope", "cider"]
+    assert all(metric.name == name for name, metric in METRICS.items())
+    assert [name for name, metric in METRICS.items() if metric.score is None] == ["cider"]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_nothing_to_judge(name):
+    """A division by zero when no question could be asked."""
+    with pytest.raises(HimapError, match=f"{name}: there are no answers"):
+        METRICS[name].summary([])
+
+
+# ---------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("name", ["letter", "exact"])
+def test_exact(name):
+    """Kinder than the official code, which counts "B." and "b" as wrong."""
+    assert score(name, " B\n", "B") == 1
+    assert [score(name, answer, "B") for answer in ("B.", "b", "B. Rhode Island", "A", "")] == [0] * 5
+    assert score(name, "top left", "left", "top left") == 1
+    assert METRICS[name].summary([("B", example("B")), ("A", example("B"))]) == {"accuracy": 0.5}
+
+
+# ---------------------------------------------------------------- VQA
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("The Red, white  and a blue.", "red white and blue"),  # articles, a comma before a blank, a full stop
+        ("black/white", "black white"),  # no blank beside the mark: a blank takes its place
+        ("black / white-ish", "black white ish"),  # each mark by itself
+        ("1,000 t-shirts", "1000 tshirts"),  # a comma between digits: every mark is closed up
+        ("1.5 U.S. miles.", "1.5 us miles"),
+        ("None", "0"),
+        ("Ten dont", "10 don't"),
+        ("couldntve couldnt've couldn'tve", "couldntve couldn't've couldn't've"),  # one apostrophe may be missing
+        ("the dog's", "dog's"),
+        ("yes\nno\tyes", "yes no yes"),
+        ("t-shirt-\nblue", "tshirt blue"),  # a line break is a blank, and a mark beside one closes up everywhere
+        ("x-y -z", "xy z"),
+        ("x-y/-z", "x y z"),  # beside a blank that was there, not beside one that replaced a mark
+        ("a", ""),
+    ],
+)
+def test_normalize(answer, expected):
+    """A rule of the official normalisation left out, or applied in another order."""
+    assert normalize(answer) == expected
+
+
+@pytest.mark.parametrize(("agree", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_vqa_of_ten(agree, expected):
+    """min(n / 3, 1) without the averaging: 1/3, 2/3, 1 for one, two and three agreeing people.
+
+    By hand for two: eight times one of the others is left out, 2/3 each; twice one of the two, 1/3 each: 0.6.
+    """
+    answers = ["Two"] * agree + ["dog"] * (10 - agree)
+    assert score("vqa", "2.", *answers) == pytest.approx(expected)
+
+
+def test_vqa_is_the_mean_over_leaving_one_out():
+    """The closed form at odds with the definition."""
+    rng = random.Random(0)
+    for _ in range(200):
+        answers = rng.choices("xyz", k=rng.randint(10, 12))
+        rest = [answers[:i] + answers[i + 1 :] for i in range(len(answers))]
+        expected = sum(min(others.count("x") / 3, 1) for others in rest) / len(rest)
+        assert score("vqa", "x", *answers) == pytest.approx(expected)
+
+
+def test_vqa_of_fewer():
+    """A lone right answer worth nothing, since leaving it out leaves none; OK-VQA's five not as if given twice."""
+    assert score("vqa", "cat", "cat") == 1 and score("vqa", "dog", "cat") == 0
+    for agree in range(6):
+        five = ["x"] * agree + ["y"] * (5 - agree)
+        assert score("vqa", "x", *five) == pytest.approx(score("vqa", "x", *five, *five))
+
+
+def test_vqa_summary():
+    """A mean over answers, not over people."""
+    ten = example(*["x"] * 2, *["y"] * 8)
+    assert METRICS["vqa"].summary([("x", ten), ("y", ten), ("z", ten)])["accuracy"] == pytest.approx((0.6 + 1) / 3)
+
+
+# ---------------------------------------------------------------- POPE
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Yes", True),
+        ("no", False),
+        ("No, there is none.", False),
+        ("There is not a dog. Yes.", False),
+        ("Yes. There is no doubt.", True),  # the second sentence does not count
+        ("Nothing of the kind", True),  # whole words only
+        ("NO", True),  # as eval_pope.py has it: three spellings
+        (" No\n", False),
+        ("", True),
+    ],
+)
+def test_says_yes(answer, expected):
+    """An answer read otherwise than by eval_pope.py."""
+    assert says_yes(answer) is expected
+
+
+def test_pope_figures():
+    """Precision and recall exchanged, or the wrong class positive.
+
+    By hand: said/true yes/yes 3, yes/no 1, no/yes 2, no/no 4: accuracy 7/10, precision 3/4, recall 3/5, F1 2/3.
+    """
+    said = ["Yes"] * 4 + ["No"] * 6
+    true = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
+    answered = [(s, example(t)) for s, t in zip(said, true, strict=True)]
+    figures = METRICS["pope"].summary(answered)
+    assert figures == pytest.approx({"accuracy": 0.7, "precision": 0.75, "recall": 0.6, "f1": 2 / 3, "yes_share": 0.4})
+    assert list(figures)[0] == "accuracy"
+    assert sum(METRICS["pope"].score(answer, e) for answer, e in answered) == 7
+
+
+@pytest.mark.parametrize(("said", "true"), [("no", "no"), ("no", "yes"), ("yes", "no")])
+def test_pope_without_a_hit(said, true):
+    """A division by zero if nobody says yes, or nothing is there."""
+    figures = METRICS["pope"].summary([(said, example(true))])
+    assert figures["precision"] == figures["recall"] == figures["f1"] == 0
+    assert figures["accuracy"] == (said == true)
+
+
+def test_pope_needs_yes_or_no():
+    """Letters or words judged as if they were "yes", as eval_pope.py does."""
+    assert score("pope", "No", "No ") == 1
+    for judge in (METRICS["pope"].score, lambda answer, e: METRICS["pope"].summary([(answer, e)])):
+        with pytest.raises(HimapError, match="q1 is 'b', not yes or no"):
+            judge("yes", example("B"))
+
+
+# ---------------------------------------------------------------- captions
+
+CAPTIONS = [
+    ("a red dog", ("A red dog.", "The dog is red!")),
+    ("two\u2028cats\non a mat", ("Two cats, on a mat", "cats sleeping")),  # a line break within the answer
+    ("", ("A plate of food",)),
+]
+
+
+@pytest.fixture
+def library():
+    pytest.importorskip("pycocoevalcap", reason="pip install 'himap-ref[captions]'")
+
+
+def cider_by_the_formula(answered):
+    """Vedantam et al. 2015, section 4 and CIDEr-D, sigma 6 and lengths in bigrams as the code has them."""
+
+    def grams(text, n):
+        words = text.lower().translate(str.maketrans("", "", ".,!")).split()
+        return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+
+    def one(answer, references, n):
+        used = [gram for text in (answer, *references) for gram in grams(text, n)]
+        pictures = {gram: sum(any(gram in grams(r, n) for r in rs) for _, rs in answered) for gram in used}
+        idf = {gram: math.log(len(answered) / max(1, number)) for gram, number in pictures.items()}
+        total = 0
+        for reference in references:
+            x, y = ({gram: count * idf[gram] for gram, count in grams(t, n).items()} for t in (answer, reference))
+            norm = math.hypot(*x.values()) * math.hypot(*y.values())
+            apart = sum(grams(answer, 2).values()) - sum(grams(reference, 2).values())
+            dot = sum(min(x[gram], y[gram]) * y[gram] for gram in x.keys() & y.keys())
+            total += math.exp(-(apart**2) / 72) * dot / norm if norm else 0
+        return 10 * total / len(references)
+
+    return sum(one(a, rs, n) / 4 for a, rs in answered for n in (1, 2, 3, 4)) / len(answered)
+
+
+def test_cider(library, capfd):
+    """References and answers exchanged or shifted by a line, a length or scale of another variant of CIDEr."""
+    if shutil.which("java") is None:
+        pytest.skip("Java is not installed")
+    figures = METRICS["cider"].summary([(answer, example(*references)) for answer, references in CAPTIONS])
+    assert figures == pytest.approx({"cider": cider_by_the_formula(CAPTIONS)}, abs=1e-9)
+    assert figures["cider"] > 1
+
+
+def test_cider_without_java(library, monkeypatch, tmp_path):
+    """A traceback, or another tokeniser's figures."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HimapError, match="needs Java"):
+        METRICS["cider"].summary([("a", example("a"))])
+
+
+def test_cider_of_a_broken_java(library, monkeypatch, tmp_path, capfd):
+    """A traceback, or captions compared with those of other pictures, if the tokeniser stops in the middle."""
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho a\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HimapError, match="lost lines"):
+        METRICS["cider"].summary([("a", example("a")), ("b", example("b"))])
+
+
+def test_cider_without_the_library(monkeypatch):
+    """A traceback instead of what to install."""
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    with pytest.raises(HimapError, match=r"himap-ref\[captions\]"):
+        METRICS["cider"].summary([("a", example("a"))])
+
+
+# ---------------------------------------------------------------- chance
+
+
+def test_wilson():
+    """The plain normal interval, which says nothing at 0 and 1. The first is Wilson's formula by hand:
+
+    p = 0.5, n = 10, z^2 = 3.8416: middle 0.69208 / 1.38416 = 0.5, half sqrt(0.025 + 0.0096) * 1.96 / 1.38416 = 0.2634.
+    """
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    low, high = wilson(20, 20)
+    assert low == pytest.approx(20 / 23.8416) and high == pytest.approx(1)
+
+
+def test_bootstrap():
+    """An interval of single scores instead of their mean; another one at every call."""
+    scores = [0.0, 0.3, 0.6, 0.9, 1.0] * 80  # their standard deviation is 0.3720: 0.56 -+ 1.96 * 0.3720 / 20
+    low, high = bootstrap(scores)
+    assert (low, high) == pytest.approx((0.5235, 0.5965), abs=0.004)
+    assert bootstrap(scores) == (low, high) != bootstrap(scores, seed=1)
+    assert bootstrap([0.3] * 5) == pytest.approx((0.3, 0.3))
+
+
+def test_paired():
+    """Lost and won exchanged, or a one-sided test. By hand: 1 of 6 flips: 2 * (1 + 6) / 2^6 = 0.21875."""
+    a, b = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]
+    assert paired(a, b) == pytest.approx({"agreement": 0.5, "lost": 1, "won": 5, "p": 0.21875})
+    assert paired([True, False], [True, False]) == {"agreement": 1, "lost": 0, "won": 0, "p": 1}
+    assert paired([True, False], [False, True])["p"] == 1  # twice 3/4 would be more than certain
+
+
+def test_paired_with_many_flips():
+    """Powers of two beyond the floats. By the normal curve: 50 of 2100 off, half a flip less: z = 99 / sqrt(2100)."""
+    result = paired([True] * 1000 + [False] * 1100, [False] * 1000 + [True] * 1100)
+    assert result["p"] == pytest.approx(math.erfc(99 / math.sqrt(2 * 2100)), abs=1e-4)
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([True], [True, False])])
+def test_paired_needs_pairs(a, b):
+    """The shorter run's questions compared with others, or a division by zero."""
+    with pytest.raises(HimapError, match="cannot be paired"):
+        paired(a, b)
