@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..model import Llava
+from ..prompt import TEMPLATES
 from ..weights import find_folder
 from .records import fingerprint
 
@@ -21,6 +23,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="default: float32, bfloat16 for other --weights")  # fmt: skip
+    parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
+    parser.add_argument("--template", help="vicuna_v1, llava-hf, shapes, or text with <image> and {question}")
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
@@ -29,4 +33,11 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
     embedded = folder.resolve() == EMBEDDED.resolve()
     dtype = args.dtype or ("float32" if embedded else "bfloat16")
     model = Llava.from_pretrained(folder, getattr(torch, dtype), args.device)
-    return model, {"weights": fingerprint(folder), "dtype": dtype, "device": torch.device(args.device).type}
+    if args.pad:
+        model.image_processor = replace(model.image_processor, do_pad=True)
+    if args.template:
+        model.template = TEMPLATES.get(args.template, args.template)
+    return model, {
+        "weights": fingerprint(folder), "dtype": dtype, "device": torch.device(args.device).type,
+        "template": model.template, "pad": args.pad,
+    }  # fmt: skip

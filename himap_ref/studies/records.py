@@ -51,7 +51,7 @@ class Records:
         """Records a result at once; raises HimapError if the disk is full (what was recorded before stays)."""
         if id in self.rows:
             raise HimapError(f"{self.path}: {id!r} is there already")
-        self._write({"id": id, **row})
+        self._write(_line({"id": id, **row}))
         self.rows[id] = row
 
     def _lock(self) -> None:
@@ -62,24 +62,28 @@ class Records:
             raise HimapError(f"{self.path}: another run is writing it: wait, or choose another --out") from None
 
     def _read(self, settings: dict) -> None:
-        data = self.path.read_bytes()
+        data, header = self.path.read_bytes(), _line({"settings": settings})
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.ftruncate(self._fd, whole)
-        lines = data[:whole].splitlines()
-        if not lines:
-            self._write({"settings": settings})
-        for number, line in enumerate(lines, start=1):
+        if not whole and not header.startswith(data):  # before anything is cut: it may be somebody's file
+            raise self._not_ours(1)
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
                 row = json.loads(line)
                 if number == 1:
                     self._compare(row["settings"], settings)
                 else:
                     self.rows[row.pop("id")] = row
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if isinstance(error, HimapError):
-                    raise
-                raise HimapError(f"{self.path}: line {number} is no result of ours: choose another --out") from None
+            except HimapError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise self._not_ours(number) from None
+        if whole < len(data):
+            os.ftruncate(self._fd, whole)
+        if not whole:
+            self._write(header)
+
+    def _not_ours(self, number: int) -> HimapError:
+        return HimapError(f"{self.path}: line {number} is no result of ours: choose another --out")
 
     def _compare(self, theirs: dict, ours: dict) -> None:
         for name in {**theirs, **ours}:
@@ -89,13 +93,16 @@ class Records:
                     "choose another --out, or remove the file"
                 )
 
-    def _write(self, row: dict) -> None:
-        line = memoryview(json.dumps(row).encode() + b"\n")
+    def _write(self, line: bytes) -> None:
         try:
             while line:
                 line = line[os.write(self._fd, line) :]
         except OSError as error:
             raise HimapError(f"{self.path}: cannot be written ({error.strerror}); run again to go on") from None
+
+
+def _line(row: dict) -> bytes:
+    return json.dumps(row).encode() + b"\n"
 
 
 def fingerprint(folder: Path) -> str:

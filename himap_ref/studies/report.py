@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from PIL import Image, ImageDraw
@@ -90,6 +91,11 @@ def compare_table(pruned: Answer, vanilla: Answer) -> str:
     verdict = "same answer" if pruned.text == vanilla.text else f"different answers, {same} tokens in common"
     ratio = f"FLOPs {pruned.flops.ratio:.1%} of vanilla for the same tokens, cached"
     return "\n".join([*lines, f"agreement  {verdict}; {ratio}"])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def draw_kept(model: Llava, image: Image.Image, trace: Trace) -> Image.Image:

@@ -1,147 +1,246 @@
-"""Accuracy against exact FLOPs on drawn scenes: HiMAP over K1, K2, R1, R2, beside FastV and random.
+"""Accuracy against exact FLOPs: HiMAP over K1, K2, R1, R2 and criteria, and beside its baselines at equal FLOPs.
 
-    python -m himap_ref.studies.sweep --scenes 300
+    python -m himap_ref.studies.sweep --scenes 500 --plot sweep.png
 
-Asks one question of every kind per scene and counts exact matches of the answer. A schedule with `random` in it runs
-with several seeds, because one seed is one mask. One JSON line per schedule goes to --out; lines of the same weights,
-scenes and schedule that are there already are not measured again.
+Every schedule is an evaluation of its own (evaluate.py) in the folder --out, so an interrupted sweep goes on where it
+stopped. Chance runs with several seeds, because one seed is one mask: its line is their mean, its interval their range.
+Paired: the same questions with and without pruning; "lost" were right without it, "won" are right only with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections import defaultdict
-from dataclasses import replace
-from functools import partial
-from hashlib import sha256
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
-from ..errors import run_command
+from ..config import LlavaConfig
+from ..errors import HimapError, run_command
+from ..flops import pass_flops, plan_prefill, projector_flops, vision_flops
 from ..model import Llava
-from ..pruning import Stage
-from .methods import parse_stages, random
-from .scenes import KINDS, TEST, Question, Scene, draw, make_questions, make_scene
+from .evaluate import Evaluation, add_arguments
+from .methods import Method, parse_method
+from .metrics import interval, paired
+from .plots import check_picture, figure
+from .questions import Example
+from .report import markdown
 
-RANDOM_SEEDS = 3
-# K1, share kept by stage 1, K2, share kept by stage 2
-PAPER, LATER = (2, 0.5, 8, 0.25), (4, 0.5, 8, 0.25)
-VARIANTS = (
-    PAPER, (1, 0.5, 8, 0.25), (3, 0.5, 8, 0.25), LATER, (6, 0.5, 8, 0.25),
-    (2, 0.5, 4, 0.25), (2, 0.5, 6, 0.25), (2, 0.5, 10, 0.25), (4, 0.5, 6, 0.25),
-    (2, 0.75, 8, 0.25), (2, 0.25, 8, 0.25), (2, 0.5, 8, 0.5), (4, 0.5, 8, 0.5), (4, 0.25, 8, 0.25),
-)  # fmt: skip
+PAPER = (2, 0.5, 8, 0.25)  # K1, share kept by stage 1, K2, share kept by stage 2
+SCORES = ("text_to_image", "image_to_image")
+SEEDS = 5
 
 
-def two_stages(k1: int, keep1: float, k2: int, keep2: float, first: str, second: str) -> str:
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: one schedule, or several that differ by their seed."""
+
+    group: str
+    label: str
+    methods: tuple[str, ...]
+
+
+# ---------------------------------------------------------------- what is swept
+
+
+def stages_text(k1: int, keep1: float, k2: int, keep2: float, first: str = SCORES[0], second: str = SCORES[1]) -> str:
     return f"{k1}:{keep1}:{first},{k2}:{keep2}:{second}"
 
 
-def default_sweep() -> list[str]:
-    """Vanilla; HiMAP's variants; on two of their schedules, and as one stage, FastV's score, stage 1's and chance."""
-    schedules = ["", *(two_stages(*v, "text_to_image", "image_to_image") for v in VARIANTS)]
-    for score in ("last_to_image", "text_to_image", "random"):
-        schedules += [two_stages(*v, score, score) for v in (PAPER, LATER)] + [f"2:0.5:{score}"]
-    return schedules
+def ablations(k1s: Iterable[int], k2s: Iterable[int], keep1s: Iterable[float], keep2s: Iterable[float]) -> list[Entry]:
+    """One of the four at a time, the others as in the paper."""
+    k1, keep1, k2, keep2 = PAPER
+    lines = [("K1", f"K1 = {k}", (k, keep1, k2, keep2)) for k in k1s if k < k2]
+    lines += [("K2", f"K2 = {k}", (k1, keep1, k, keep2)) for k in k2s if k > k1]
+    lines += [("R1", f"stage 1 keeps {keep:g}", (k1, keep, k2, keep2)) for keep in keep1s]
+    lines += [("R2", f"stage 2 keeps {keep:g}", (k1, keep1, k2, keep)) for keep in keep2s]
+    return [Entry(group, label, (stages_text(*schedule),)) for group, label, schedule in lines]
 
 
-def ask_all(count: int, first: int = TEST) -> list[tuple[Scene, Question]]:
-    """One question of every kind that each of `count` scenes allows."""
-    asked = []
-    for seed in range(first, first + count):
-        scene = make_scene(seed)
-        by_kind = {question.kind: question for question in reversed(make_questions(scene, 30))}
-        asked += [(scene, by_kind[kind]) for kind in KINDS if kind in by_kind]
-    return asked
+def criteria() -> list[Entry]:
+    """Both stages' scores exchanged, each stage alone, the sum's bias taken out; on the paper's layers and shares."""
+    text, image = SCORES
+    k1, keep1, k2, keep2 = PAPER
+    pairs = {
+        "text, image (HiMAP)": (text, image), "image, text (swapped)": (image, text), "text, text": (text, text),
+        "image, image": (image, image), "text, image mean": (text, "image_to_image_mean"),
+        "image mean, image mean": ("image_to_image_mean",) * 2, "last row, last row": ("last_to_image",) * 2,
+    }  # fmt: skip
+    entries = [Entry("criteria", label, (stages_text(*PAPER, *scores),)) for label, scores in pairs.items()]
+    seeds = tuple(stages_text(*PAPER, f"random{seed}", f"random{seed}") for seed in range(SEEDS))
+    return [
+        *entries,
+        Entry("criteria", "chance, chance", seeds),
+        Entry("criteria", "stage 1 alone", (f"{k1}:{keep1}:{text}",)),
+        Entry("criteria", "stage 2 alone", (f"{k2}:{keep2}:{image}",)),
+    ]
 
 
-def answer_all(model: Llava, asked: list[tuple[Scene, Question]], stages: tuple[Stage, ...], batch: int = 64):
-    """[(answer, decoder FLOPs, vanilla decoder FLOPs)], in batches of prompts of equal length."""
-    by_length = defaultdict(list)
-    for place, (_, question) in enumerate(asked):
-        by_length[len(model.encode(question.text).ids)].append(place)
-    results = [None] * len(asked)
-    for places in by_length.values():
-        for start in range(0, len(places), batch):
-            part = places[start : start + batch]
-            answers = model.generate(
-                [draw(asked[p][0]) for p in part], [asked[p][1].text for p in part], stages, max_new_tokens=8
-            )
-            for p, a in zip(part, answers, strict=True):
-                f = a.flops
-                results[p] = (a.text, f.decoder, f.vanilla.decoder)
-    return results
+def families(config: LlavaConfig) -> dict[str, Callable[[int], tuple[str, ...]]]:
+    """Method -> its schedules by a whole number: image tokens kept by the first stage, unless said otherwise."""
+    N, T = config.num_image_tokens, config.text_config.num_hidden_layers
+    k1, _, k2, share = PAPER
 
+    def himap(first: str, second: str, k1: int = k1, share: float = share) -> Callable[[int], tuple[str, ...]]:
+        return lambda k: (f"{k1}:{k}:{first},{k2}:{share}:{second}",)
 
-def measure(model: Llava, asked: list[tuple[Scene, Question]], stages: tuple[Stage, ...]) -> dict:
-    """Accuracy over all and per kind, with a Wilson 95 % interval, and decoder FLOPs relative to vanilla."""
-    results = answer_all(model, asked, stages)
-    hits = defaultdict(list)
-    for (_, question), (text, _, _) in zip(asked, results, strict=True):
-        hits[question.kind].append(text == question.answer)
-    every = [hit for kind in hits.values() for hit in kind]
+    def pyramid(k: int) -> tuple[str, ...]:
+        layers = [(quarter * T // 4) for quarter in (1, 2, 3)]
+        return (",".join(f"{layer}:{k / N:.4f}:last_to_image" for layer in layers),)
+
+    def chance(k: int) -> tuple[str, ...]:
+        return tuple(f"{k1}:{k}:random{seed},{k2}:{share}:random{seed}" for seed in range(SEEDS))
+
     return {
-        "n": len(every),
-        "accuracy": sum(every) / len(every),
-        "interval": wilson(sum(every), len(every)),
-        "kinds": {kind: sum(hits[kind]) / len(hits[kind]) for kind in KINDS},
-        "decoder_flops_ratio": sum(r[1] for r in results) / sum(r[2] for r in results),
+        "HiMAP": himap(*SCORES),
+        "HiMAP, stage 2 by the mean": himap(SCORES[0], "image_to_image_mean"),
+        "HiMAP, K1 = 4, second share 1/2": himap(*SCORES, k1=4, share=0.5),
+        "chance, two stages": chance,
+        "chance, layer 2": lambda k: tuple(f"2:{k}:random{seed}" for seed in range(SEEDS)),
+        "FastV, last row": lambda k: (f"2:{k}:last_to_image",),
+        "FastV, mean of all rows": lambda k: (f"2:{k}:all_to_image",),
+        "FastV, text rows": lambda k: (f"2:{k}:text_to_image",),
+        "PyramidDrop": pyramid,  # k / N is the share that each of its three stages keeps
+        "VTW": lambda k: (f"{k}:0:none",) if 0 < k < T else (),  # k is the layer
+        "CLS attention": lambda k: (f"cls:{k}",),
+        "average pooling": lambda k: (f"pool:{k}",) if k * k <= N else (),  # k is the side
     }
 
 
-def measure_schedule(model: Llava, asked: list[tuple[Scene, Question]], schedule: str) -> dict:
-    """`measure` for a schedule as text. With `random` in it: the mean of several seeds, and their range as interval."""
-    stages = parse_stages(schedule)
-    if not any(stage.score is random for stage in stages):
-        return measure(model, asked, stages)
-    rows = []
-    for seed in range(RANDOM_SEEDS):
-        seeded = partial(random, seed=seed)
-        rows.append(measure(model, asked, tuple(replace(s, score=seeded) if s.score is random else s for s in stages)))
-    accuracies = [row["accuracy"] for row in rows]
+def planned_flops(model: Llava, method: Method, before: int, after: int) -> int:
+    """Of picture and prefill, with `before` and `after` tokens around the image."""
+    config, N = model.config, method.num_image_tokens(model.config)
+    image = method.reducer.flops(config) if method.reducer else (vision_flops(config), projector_flops(config))
+    plan = plan_prefill(config.text_config, (before, before + N), before + N + after, method.stages)
+    return sum(image) + pass_flops(config.text_config, plan)
+
+
+def equal_flops(model: Llava, examples: list[Example], budgets: Iterable[float]) -> list[Entry]:
+    """For each budget (a share of vanilla's picture and prefill) each family's schedule that comes nearest to it.
+
+    A family that reaches it to no better than 5 points is left out there.
+    """
+    prompts = [model.encode(example.question) for example in examples[:200]]
+    before = prompts[0].image_span[0]
+    after = int(median(len(prompt.ids) - prompt.image_span[1] for prompt in prompts))
+    vanilla, entries = planned_flops(model, Method("none"), before, after), []
+    for label, family in families(model.config).items():
+        shares = {}  # schedules -> share of vanilla
+        for k in range(1, model.config.num_image_tokens + 1):
+            if texts := family(k):
+                method = parse_method(texts[0], model)
+                shares[texts] = planned_flops(model, method, before, after) / vanilla
+        for budget in budgets:
+            nearest = min(shares, key=lambda texts: abs(shares[texts] - budget))
+            if abs(shares[nearest] - budget) < 0.05:
+                entries.append(Entry(f"equal FLOPs, {budget:.0%}", label, nearest))
+    return sorted(entries, key=lambda entry: entry.group)  # stable: the families keep their order
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measure(evaluation: Evaluation, entry: Entry, folder: Path) -> list[tuple[dict, dict]]:
+    """(summary, rows by question) of each of the entry's schedules."""
+    paths = [folder / (re.sub(r"[^\w.]+", "-", text) + ".jsonl") for text in entry.methods]
+    methods = [parse_method(text, evaluation.model) for text in entry.methods]
+    return [evaluation.run(method, path) for method, path in zip(methods, paths, strict=True)]
+
+
+def line_of(entry: Entry, measured: list[tuple[dict, dict]], vanilla: dict) -> dict:
+    """An entry's figures: accuracy with its interval, FLOPs, and the comparison with vanilla question by question."""
+    scores = [[row["correct"] for row in rows.values() if "error" not in row] for _, rows in measured]
+    accuracies = [mean(values) for values in scores]
+    pairs = [(vanilla[id], row) for _, rows in measured for id, row in rows.items() if "error" not in row]
+    same = mean(before["answer"] == row["answer"] for before, row in pairs)
+    both = paired([before["correct"] > 0.5 for before, _ in pairs], [row["correct"] > 0.5 for _, row in pairs])
+    kinds = sorted({row["kind"] for row in vanilla.values() if "kind" in row})
     return {
-        **rows[0],
-        "accuracy": mean(accuracies),
-        "interval": (min(accuracies), max(accuracies)),
-        "kinds": {kind: mean(row["kinds"][kind] for row in rows) for kind in KINDS},
-        "seeds": accuracies,
-    }
+        "group": entry.group, "label": entry.label, "methods": entry.methods,
+        "n": len(scores[0]), "accuracy": mean(accuracies),
+        "interval": interval(scores[0]) if len(scores) == 1 else (min(accuracies), max(accuracies)),
+        "decoder_ratio": mean(summary["decoder_ratio"] for summary, _ in measured),
+        "ratio": mean(summary["ratio"] for summary, _ in measured),
+        "kept": measured[0][0]["kept"], "same_answer": same,
+        "lost": both["lost"] / len(measured), "won": both["won"] / len(measured),
+        "kinds": {kind: mean(row["correct"] for _, row in pairs if row["kind"] == kind) for kind in kinds},
+    }  # fmt: skip
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    p, z2 = hits / n, z * z
-    middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+# ---------------------------------------------------------------- showing
+
+
+def table(lines: list[dict]) -> str:
+    kinds, rows = list(lines[0]["kinds"]), []
+    header = ["", "", "FLOPs", "decoder", "image tokens", "accuracy", "95 %", "same answer", "lost", "won", *kinds]
+    for line in lines:
+        low, high = line["interval"]
+        rows.append([
+            line["group"], line["label"], f"{line['ratio']:.1%}", f"{line['decoder_ratio']:.1%}",
+            " > ".join(f"{count:g}" for count in line["kept"]), f"{line['accuracy']:.1%}", f"{low:.1%} - {high:.1%}",
+            f"{line['same_answer']:.1%}", f"{line['lost']:g}", f"{line['won']:g}",
+            *(f"{line['kinds'][kind]:.1%}" for kind in kinds),
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def draw(lines: list[dict], path: Path) -> None:
+    """Accuracy against FLOPs: left each family over the budgets, right HiMAP's own parameters one at a time."""
+    with figure(path, panels=2, size=(13, 5.5)) as panels:
+        for panel, wanted in zip(panels, ("equal FLOPs", ("K1", "K2", "R1", "R2")), strict=True):
+            curves: dict[str, list[dict]] = {}
+            for line in lines:
+                if line["group"].startswith(wanted):
+                    name = line["label"] if isinstance(wanted, str) else line["group"]
+                    curves.setdefault(name, []).append(line)
+            for name, curve in curves.items():
+                curve.sort(key=lambda line: line["ratio"])
+                x, y = [line["ratio"] for line in curve], [line["accuracy"] for line in curve]
+                errors = [[abs(line["accuracy"] - line["interval"][side]) for line in curve] for side in (0, 1)]
+                panel.errorbar(x, y, yerr=errors, marker="o", markersize=4, capsize=2, linewidth=1, label=name)
+            panel.axhline(lines[0]["accuracy"], color="gray", linestyle=":", label="vanilla")
+            panel.set(xlabel="FLOPs of an answer, share of vanilla", ylabel="accuracy")
+            panel.legend(fontsize=7)
+        panels[0].set_title("methods at equal FLOPs")
+        panels[1].set_title("HiMAP: one parameter at a time, the others as in the paper")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=Path, default=Path("weights/shapes"))
-    parser.add_argument("--scenes", type=int, default=300)
-    parser.add_argument("--first-seed", type=int, default=TEST)
-    parser.add_argument("--stages", action="append", help="a schedule to measure instead of the default sweep")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep.jsonl"))
+    add_arguments(parser, max_new_tokens=16, batch=64)
+    several = {"nargs": "*"}
+    parser.add_argument("--k1", type=int, default=[1, 2, 3, 4, 6], **several)
+    parser.add_argument("--k2", type=int, default=[4, 6, 8, 10], **several)
+    parser.add_argument("--keep1", type=float, default=[0.25, 0.5, 0.75], help="1 - R1", **several)
+    parser.add_argument("--keep2", type=float, default=[0.1, 0.25, 0.5], help="1 - R2", **several)
+    parser.add_argument("--budgets", type=float, default=[0.55, 0.65, 0.75, 0.85], **several,
+                        help="shares of vanilla's FLOPs at which methods are compared")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", help="measure only these (names or stages), beside vanilla")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the evaluations")
+    parser.add_argument("--plot", type=Path, help="draw accuracy against FLOPs into this file")
     args = parser.parse_args()
-    model, asked = Llava.from_pretrained(args.weights), ask_all(args.scenes, args.first_seed)
-    weights = sha256((args.weights / "model.safetensors").read_bytes()).hexdigest()[:16]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    print("| schedule | decoder FLOPs | accuracy | interval | " + " | ".join(KINDS) + " |")
-    print("|---" * (4 + len(KINDS)) + "|")
-    for schedule in args.stages or default_sweep():
-        key = {"weights": weights, "scenes": args.scenes, "first_seed": args.first_seed, "stages": schedule}
-        row = next((row for row in known if key.items() <= row.items()), None)
-        if row is None:
-            row = {**key, **measure_schedule(model, asked, schedule)}
-            with args.out.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-        kinds = " | ".join(f"{row['kinds'][kind]:.1%}" for kind in KINDS)
-        low, high = row["interval"]
-        figures = f"{row['decoder_flops_ratio']:.1%} | {row['accuracy']:.1%} | {low:.1%} - {high:.1%}"
-        print(f"| {schedule or 'vanilla'} | {figures} | {kinds} |", flush=True)
+    if args.plot:
+        check_picture(args.plot)
+    evaluation = Evaluation.from_args(args)
+    if evaluation.metric.score is None:
+        raise HimapError(f"--metric {args.metric} judges all answers at once: a sweep needs one that judges each")
+    entries = [Entry("", "vanilla", ("none",))]
+    if args.methods:
+        entries += [Entry("", text, (text,)) for text in args.methods]
+    else:
+        entries += ablations(args.k1, args.k2, args.keep1, args.keep2) + criteria()
+        entries += equal_flops(evaluation.model, evaluation.examples, args.budgets)
+    lines, vanilla = [], {}
+    for entry in entries:
+        measured = measure(evaluation, entry, args.out)
+        vanilla = vanilla or measured[0][1]
+        lines.append(line_of(entry, measured, vanilla))
+    print(table(lines))
+    (args.out / "table.json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        draw(lines, args.plot)
 
 
 if __name__ == "__main__":

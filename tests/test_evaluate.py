@@ -1,0 +1,183 @@
+"""Evaluations: what is recorded, what survives a kill, and what the summary says of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from statistics import mean
+
+import pytest
+
+from himap_ref import HimapError
+from himap_ref.studies import bias, evaluate, sweep
+from himap_ref.studies.evaluate import Evaluation, answer_all
+from himap_ref.studies.methods import Method, parse_method
+from himap_ref.studies.metrics import METRICS
+from himap_ref.studies.questions import Example
+from himap_ref.studies.scenes import TEST, draw, make_scene
+
+SCENES = [
+    Example(f"{seed}", "How many objects are there?", (str(len(make_scene(seed).things)),), "count", make_scene(seed))
+    for seed in range(TEST, TEST + 4)
+]
+COLOR = Example("color", "What color is the circle?", ("?",), "color", SCENES[0].source)
+
+
+def evaluation(model, examples, batch=1):
+    return Evaluation(model, examples, METRICS["exact"], 8, batch, {"test": 1})
+
+
+def plain(path):
+    """{id: row without its seconds}: what must be the same in every run. Fails on a line twice."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: {key: value for key, value in row.items() if key != "seconds"} for row in rows}
+
+
+def run(module, *args):
+    return subprocess.run(
+        [sys.executable, "-m", module.__name__, *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+def test_row(shapes, tmp_path):
+    """A figure recorded under another one's name, or of another question."""
+    method = parse_method("2:40:text_to_image,8:10:image_to_image", shapes)
+    _, rows = evaluation(shapes, SCENES).run(method, tmp_path / "a.jsonl", with_kept=True)
+    for example in SCENES:
+        answer, row = shapes.generate(example.picture(), example.question, method.stages, 8), rows[example.id]
+        assert (row["answer"], row["label"], row["kind"]) == (answer.text, list(example.answers), "count")
+        assert row["correct"] == (answer.text in example.answers) and row["kept"] == [81, 40, 10]
+        assert row["kept_tokens"] == [stage.kept.tolist() for stage in answer.trace.stages]
+        assert row["flops"] == {"total": answer.flops.total, "decoder": answer.flops.decoder}
+        vanilla = answer.flops.vanilla
+        assert row["vanilla_flops"] == {"total": vanilla.total, "decoder": vanilla.decoder}
+        assert (row["prompt_tokens"], row["new_tokens"]) == (len(answer.prompt_ids), len(answer.token_ids))
+        assert set(row["seconds"]) == {"vision", "prefill", "decode"}
+
+
+def test_batches_answer_alike(shapes):
+    """A batch that mixes up its questions, or leaves the last ones out."""
+    examples = [*SCENES, COLOR]
+    alone, together = (
+        {e.id: a.token_ids for e, (a, _) in answer_all(shapes, examples, Method("none"), 8, batch)} for batch in (1, 3)
+    )
+    assert alone == together and set(alone) == {e.id for e in examples}
+
+
+def test_errors_are_counted(shapes, tmp_path):
+    """A question without a picture, or too long a one, silently skipped, or the whole run lost with it."""
+    draw(SCENES[0].source).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    asked = {
+        "good": ("good.png", "How many objects are there?"), "missing": ("none.png", "How many objects are there?"),
+        "bad": ("bad.png", "How many objects are there?"), "long": ("good.png", "many objects " * 400),
+        "empty": ("good.png", " "),
+    }  # fmt: skip
+    examples = [Example(id, text, ("3",), "", tmp_path / name) for id, (name, text) in asked.items()]
+    summary, rows = evaluation(shapes, examples, batch=4).run(Method("none"), tmp_path / "out.jsonl")
+    assert (summary["n"], summary["errors"]) == (1, 4)
+    assert {id for id, row in rows.items() if "error" in row} == {"missing", "bad", "long", "empty"}
+    assert "none.png" in rows["missing"]["error"] and "context" in rows["long"]["error"]
+    with pytest.raises(HimapError, match="no question could be asked"):
+        evaluation(shapes, examples[1:]).run(Method("none"), tmp_path / "bad.jsonl")
+
+
+def test_summary(shapes, tmp_path):
+    """A mean of ratios in the ratio's place, a wrong denominator, a prefill counted as decode."""
+    method = parse_method("himap-paper", shapes)
+    summary, rows = evaluation(shapes, [*SCENES, COLOR]).run(method, tmp_path / "a.jsonl")
+    rows = rows.values()
+    assert summary["metrics"]["accuracy"] == mean(row["correct"] for row in rows)
+    assert summary["flops"] == mean(row["flops"]["total"] for row in rows)
+    for name, part in (("ratio", "total"), ("decoder_ratio", "decoder")):
+        assert summary[name] == sum(r["flops"][part] for r in rows) / sum(r["vanilla_flops"][part] for r in rows)
+    tokens = [81] * 2 + [41] * 6 + [10] * 4  # the paper's order: a stage takes effect on entry to its layer
+    cost = [4 * n * 128**2 + 2 * n * n * 128 + 2 * n * 128 * 256 for n in tokens]
+    assert summary["image_only_ratio"] == pytest.approx(sum(cost) / (12 * cost[0]))
+    assert summary["kept"] == [81, 41, 10] and summary["kv_cache_bytes"] == mean(r["kv_cache_bytes"] for r in rows)
+    one = evaluation(shapes, SCENES[:1]).run(method, tmp_path / "b.jsonl")
+    (row,), seconds = one[1].values(), one[0]["seconds"]
+    assert seconds["prefill"] == row["seconds"]["prefill"]
+    assert seconds["decode_per_token"] == row["seconds"]["decode"] / (row["new_tokens"] - 1)
+
+
+def test_killed_and_resumed(tmp_path):
+    """kill -9 at any moment: a result lost, counted twice, or taken from a torn line."""
+    whole, torn, count = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl", 30
+    args = ["--scenes", 6, "--limit", count, "--method", "fastv", "--out"]
+    assert run(evaluate, *args, whole).returncode == 0
+    command = [sys.executable, "-m", evaluate.__name__, *map(str, args), str(torn)]
+    for lines in (5, 17):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and (not torn.exists() or torn.read_bytes().count(b"\n") < lines):
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    torn.write_bytes(torn.read_bytes() + b'{"id": "torn')
+    result = run(evaluate, *args, torn)
+    assert result.returncode == 0, result.stderr
+    assert plain(torn) == plain(whole) and len(plain(torn)) == count
+
+
+def test_command(tmp_path):
+    """The command's table without a figure that was promised; a second start that asks everything again."""
+    out = tmp_path / "a.jsonl"
+    first = run(evaluate, "--scenes", 2, "--method", "cls:20", "--out", out)
+    for name in ("accuracy", "image tokens", "FLOPs", "decoder", "prefill", "KV cache", "peak memory"):
+        assert name in first.stdout, name
+    before = out.read_bytes()
+    assert run(evaluate, "--scenes", 2, "--method", "cls:20", "--out", out).returncode == 0
+    assert out.read_bytes() == before
+    other = run(evaluate, "--scenes", 2, "--method", "cls:21", "--out", out)
+    assert other.returncode == 2 and other.stderr.startswith("error: ") and other.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- sweep and bias
+
+
+def test_equal_flops_are_equal(shapes):
+    """Methods compared at budgets that they do not have; the encoder's share forgotten for those before the decoder."""
+    entries = sweep.equal_flops(shapes, [*SCENES, COLOR], [0.7])
+    labels = {entry.label for entry in entries}
+    assert {"HiMAP", "chance, two stages", "FastV, last row", "PyramidDrop", "VTW", "CLS attention"} <= labels
+    for entry in entries:
+        method = parse_method(entry.methods[0], shapes)
+        answer = shapes.generate(SCENES[0].picture(), SCENES[0].question, method.stages, 1, reducer=method.reducer)
+        assert abs(answer.flops.ratio - 0.7) < 0.06, entry
+
+
+def test_line_pairs_questions(shapes, tmp_path):
+    """Wins and losses exchanged, or questions compared with others' answers."""
+    def row(answer, correct):
+        return {"answer": answer, "correct": float(correct), "kind": "count"}
+
+    vanilla = {"a": row("1", True), "b": row("2", True), "c": row("3", False), "d": row("4", False)}
+    pruned = {"d": row("4", False), "c": row("5", True), "b": row("2", True), "a": row("9", False)}
+    summary = {"decoder_ratio": 0.5, "ratio": 0.6, "kept": [81]}
+    line = sweep.line_of(sweep.Entry("", "x", ("x",)), [(summary, pruned)], vanilla)
+    assert (line["lost"], line["won"], line["same_answer"], line["accuracy"]) == (1, 1, 0.5, 0.5)
+    better = {**pruned, "a": row("1", True), "e": row("7", True)}
+    vanilla["e"] = row("6", False)
+    line = sweep.line_of(sweep.Entry("", "x", ("x", "y")), [(summary, better), (summary, vanilla)], vanilla)
+    assert (line["lost"], line["won"]) == (0, 1) and line["interval"] == (0.4, 0.8)
+
+
+def test_position_figures():
+    """The bias measured among all image tokens instead of those that entered, or upside down."""
+    rows = [{"kept_tokens": [[0, 1, 2, 3, 76, 77, 78, 79], [0, 1, 2, 76]]}]
+    first, second = (bias.position_figures(rows, stage, 80) for stage in (0, 1))
+    assert first["first_half"] == 0.5 and first["survival"] == [0.5] + [0] * 8 + [0.5]
+    assert second["first_half"] == 0.75 and second["mean_place"] == pytest.approx((0.5 + 1.5 + 2.5 + 4.5) / 4 / 8)
+
+
+@pytest.mark.parametrize("module", [sweep, bias])
+def test_studies_run(tmp_path, module):
+    """A study that breaks at its end, after everything was computed."""
+    only = ["--methods", "fastv"] if module is sweep else []
+    result = run(module, "--scenes", 1, *only, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("|") > 20 and (tmp_path / "out" / "table.json").exists()
+    assert os.path.getsize(tmp_path / "out" / "table.json") > 100

@@ -1,0 +1,121 @@
+"""Results files: what survives a kill, a full disk, another run, other settings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from himap_ref import HimapError
+from himap_ref.studies.records import Records, fingerprint
+
+SETTINGS = {"method": "himap", "stages": [(2, 0.5)], "seed": 1}
+ROWS = {f"q{number}": {"answer": "a\nb\u2028 \ud800é" * number} for number in range(6)}
+
+
+def run(path):
+    """A whole run: records what is not there yet. Returns the ids that it recorded."""
+    with Records(path, SETTINGS) as records:
+        new = [id for id in ROWS if id not in records]
+        for id in new:
+            records.add(id, ROWS[id])
+    return new
+
+
+def test_torn_anywhere(tmp_path):
+    """A line torn by a kill counted as a result, joined to the next one, or a result lost with it: at every byte."""
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    run(whole)
+    data = whole.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        lines = max(0, data[:length].count(b"\n") - 1)
+        assert run(path) == list(ROWS)[lines:]
+        assert path.read_bytes() == data
+
+
+def test_rows_come_back(tmp_path):
+    """Text that JSON or a line break inside it changes."""
+    run(tmp_path / "a.jsonl")
+    with Records(tmp_path / "a.jsonl", SETTINGS) as records:
+        assert records.rows == ROWS and "q5" in records and "q6" not in records
+        with pytest.raises(HimapError, match="there already"):
+            records.add("q5", {})
+
+
+@pytest.mark.parametrize("settings", [{**SETTINGS, "seed": 2}, {**SETTINGS, "pad": True}, {"method": "himap"}], ids=str)
+def test_other_settings_are_refused(tmp_path, settings):
+    """Results of two different runs mixed in one file."""
+    run(tmp_path / "a.jsonl")
+    before = (tmp_path / "a.jsonl").read_bytes()
+    with pytest.raises(HimapError, match="choose another --out"):
+        Records(tmp_path / "a.jsonl", settings)
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["hello", "hello\n", "[1]\n", "{}\n", '{"settings": 3}\n', "\n", "\xff\n"])
+def test_other_files_are_refused(tmp_path, text):
+    """Somebody's file appended to, or cut."""
+    path = tmp_path / "notes.txt"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(HimapError, match="notes.txt"):
+        Records(path, SETTINGS)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+def test_second_run_is_refused(tmp_path):
+    """Two runs that write the same file: every result twice. The first one's death must free it."""
+    path = tmp_path / "a.jsonl"
+    code = (
+        "import sys, time; from pathlib import Path; from himap_ref.studies.records import Records\n"
+        f"records = Records(Path({str(path)!r}), {{}}); print('open', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"open\n"
+            with pytest.raises(HimapError, match="another run"):
+                Records(path, {})
+        finally:
+            other.kill()
+            other.wait()
+    with Records(path, {}) as records:
+        assert records.rows == {}
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """A traceback, or half a line that the next start takes for a result."""
+    path, write = tmp_path / "a.jsonl", os.write
+
+    def full(fd, data):
+        if b"q3" in bytes(data):
+            write(fd, data[:5])
+            raise OSError(28, "No space left on device")
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(HimapError, match="No space left on device.*run again"):
+        run(path)
+    monkeypatch.undo()
+    assert run(path) == ["q3", "q4", "q5"]
+    assert [json.loads(line).get("id") for line in path.read_text().splitlines()] == [None, *ROWS]
+
+
+def test_unwritable(tmp_path):
+    """A traceback for a folder in the file's place."""
+    with pytest.raises(HimapError, match="cannot be written"):
+        Records(tmp_path, {})
+
+
+def test_fingerprint(tmp_path):
+    """Weights that differ in one number, of which the results are taken for the other's."""
+    source = Path("weights/shapes/model.safetensors").read_bytes()
+    prints = set()
+    for place in (None, len(source) - 3, 9):
+        data = bytearray(source)
+        if place:
+            data[place] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(data)
+        prints.add(fingerprint(tmp_path))
+    assert len(prints) == 3
