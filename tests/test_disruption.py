@@ -1,0 +1,240 @@
+"""The disruption study: its blocks against the official results and against a slow attention written out here."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from himap_ref import HimapError, generation
+from himap_ref.decoder import rope
+from himap_ref.studies import disruption
+from himap_ref.studies.disruption import KINDS, READINGS, Block, Prompts, draw_rows, summarize
+from himap_ref.studies.questions import Example
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "disruption_cases.json").read_text())["cases"]
+RECORDED = load_file(GOLDEN / "disruption_cases.safetensors")
+SPAN, N_TOKENS, SEEDS = (3, 12), 17, ("a", "b")  # 3 system, 9 image, 5 text tokens
+
+
+def may_see(block, i, j, drawn, span=SPAN):
+    """Whether row i sees key j, from the words of the definition."""
+    start, stop = span
+    rows = {"img2txt": i >= stop, "img2img": start <= i < stop, "random": i in drawn}
+    blocked = rows[block.kind] and start <= j < stop and not (block.keep_diagonal and i == j)
+    return j <= i and not blocked
+
+
+def slow(decoder, x, block, drawn):
+    """(1, n, d) -> (vocab,): every layer for every row, attention written out head by head in fp64."""
+    n, T = x.shape[1], len(decoder.layers)
+    layers = {"only": [block.layer], "from": range(block.layer, T), "upto": range(block.layer + 1)}[block.reading]
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    disrupted = torch.tensor([[may_see(block, i, j, drawn) for j in range(n)] for i in range(n)])
+    cos_sin = rope(torch.arange(n)[None], decoder.config, x.dtype)
+    for i, layer in enumerate(decoder.layers):
+        h = layer.input_layernorm(x)
+        q, (k, v) = layer.self_attn.queries(h, *cos_sin), layer.self_attn.keys_values(h, *cos_sin)
+        heads = []
+        for head in range(q.shape[1]):
+            group = head * k.shape[1] // q.shape[1]
+            scores = q[0, head].double() @ k[0, group].double().T / q.shape[-1] ** 0.5
+            weights = scores.masked_fill(~(disrupted if i in layers else causal), -torch.inf).softmax(-1)
+            heads.append(weights @ v[0, group].double())
+        x = x + layer.self_attn.project(torch.stack(heads)[None].to(x.dtype))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return decoder.logits(decoder.norm(x)[0, -1])
+
+
+@pytest.fixture
+def decoder(tiny_decoder):
+    return tiny_decoder(num_key_value_heads=2)
+
+
+@pytest.fixture
+def x(embeddings):
+    return embeddings(2, N_TOKENS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_official(official, case):
+    """Another reading of "isolate layer", other rows or columns, a diagonal left open: anything but the official."""
+    span = case["sys_length"], case["sys_length"] + case["img_length"]
+    prompts = Prompts(official, RECORDED[case["inputs_embeds"]], span, ["unused"])
+    kind, layer = case["isolate_modality"], case["isolate_layer"]
+    blocks = {"official_inplace": Block(kind, "from", layer), "cloned_single_layer": Block(kind, "only", layer)}
+    for name, block in {**blocks, "vanilla": None}.items():
+        logits = prompts.prefill(block).logits[0]
+        assert_close(logits, RECORDED[f"{case['id']}.{name}_logits_last"], rtol=0, atol=2e-4)
+        assert logits.topk(5).indices.tolist() == case["top5"][name.split("_")[0]]
+
+
+def test_slow_attention(decoder, x):
+    """A wrong row, column, layer or diagonal; layers shared by two blocks that they must not share; items mixed up."""
+    prompts = Prompts(decoder, x, SPAN, SEEDS)  # one for all blocks: what they share is what is tested
+    for block in itertools.starmap(Block, itertools.product(KINDS, READINGS, range(5), [False, True])):
+        got = prompts.prefill(block).logits
+        for b, seed in enumerate(SEEDS):
+            want = slow(decoder, x[b : b + 1], block, draw_rows(N_TOKENS, slice(*SPAN), seed))
+            assert_close(got[b], want, rtol=0, atol=5e-5, msg=lambda text, block=block: f"{block}: {text}")
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_tokens(decoder, x, kind, reading):
+    """New tokens that see in the cache what the text must not see, or that miss what the image rows alone must not."""
+    prompts, block = Prompts(decoder, x, SPAN, SEEDS), Block(kind, reading, 2)
+    out, ids = prompts.prefill(block), torch.tensor([[5, 9, 40], [70, 2, 2]])
+    for step in range(3):
+        logits, _ = decoder.decode(decoder.embed_tokens(ids[:, step : step + 1]), N_TOKENS + step, out.cache)
+        for b, seed in enumerate(SEEDS):
+            longer = torch.cat((x[b], decoder.embed_tokens(ids[b, : step + 1])))[None]
+            drawn = draw_rows(N_TOKENS, slice(*SPAN), seed)  # of the prompt: new tokens are never drawn
+            assert_close(logits[b], slow(decoder, longer, block, drawn), rtol=0, atol=5e-5)
+
+
+def test_generate(decoder, x):
+    """Without a block another answer than the core's; one answer that leaves its tokens in the next one's cache."""
+    prompts, want = Prompts(decoder, x, SPAN, SEEDS), generation.generate(decoder, x, SPAN, max_new_tokens=6)
+    block = Block("img2txt", "from", 1)
+    disrupted = prompts.generate(block, 6, ())
+    for _ in range(2):
+        out = prompts.generate(None, 6, ())
+        assert out.token_ids == want.token_ids
+        assert_close(out.first_logits, want.first_logits, rtol=0, atol=5e-5)
+    assert disrupted.token_ids == prompts.generate(block, 6, ()).token_ids != want.token_ids
+    first = want.token_ids[0][0]
+    assert prompts.generate(None, 6, (first,)).token_ids[0] == [first]
+
+
+def test_last_layer(decoder, x):
+    """A block that reaches rows it does not name: the last layer's image rows lead nowhere, its text rows do."""
+    prompts = Prompts(decoder, x, SPAN, SEEDS)
+    plain = prompts.prefill().logits
+    assert_close(prompts.prefill(Block("img2img", "from", 4)).logits, plain, rtol=0, atol=1e-6)
+    assert (prompts.prefill(Block("img2txt", "from", 4)).logits - plain).abs().max() > 0.01
+
+
+def test_random_rows():
+    """Rows that change from run to run or not with the seed, that are too few, twice the same or before the image."""
+    image = slice(35, 611)
+    rows = draw_rows(651, image, "0 question")
+    assert rows == draw_rows(651, image, "0 question") != draw_rows(651, image, "1 question")
+    assert len(set(rows)) == 651 - 611 and min(rows) >= 35 and max(rows) < 651
+    drawn = {row for seed in range(200) for row in draw_rows(20, slice(4, 15), str(seed))}
+    assert drawn == set(range(4, 20))  # image and text, the first and the last row too
+
+
+def test_refused(decoder, x):
+    """A row that sees nothing giving NaN; a layer or a name that is not there taken for another."""
+    at_start = Prompts(decoder, x, (0, 9), SEEDS)
+    with pytest.raises(HimapError, match="keep the diagonal"):
+        at_start.prefill(Block("img2img", "only", 1))
+    for block in (Block("img2img", "only", 1, keep_diagonal=True), Block("img2txt", "from", 0)):
+        assert at_start.prefill(block).logits.isfinite().all()
+    for layer in (-1, 5):
+        with pytest.raises(HimapError, match=r"the decoder's layers are 0\.\.4"):
+            at_start.prefill(Block("img2txt", "only", layer))
+    for kind, reading in (("txt2img", "only"), ("img2txt", "after")):
+        with pytest.raises(HimapError, match="is unknown"):
+            Block(kind, reading, 0)
+
+
+def test_figures():
+    """Label consistency by equality or by blank labels, a Jaccard index over 5, or one that compares with the label."""
+    block = Block("img2txt", "only", 0)
+    rows = [
+        {"label": ["B", " "], "results": {
+            "undisrupted": {"answer": "B", "top5": [1, 2, 3, 4, 5]},
+            block.name: {"answer": "B. Rhode Island", "top5": [5, 4, 3, 2, 6]}}},
+        {"label": ["B"], "results": {
+            "undisrupted": {"answer": "A", "top5": [1, 2, 3, 4, 5]},
+            block.name: {"answer": "A", "top5": [1, 2, 3, 4, 5]}}},
+        {"label": ["C", ""], "results": {
+            "undisrupted": {"answer": "C", "top5": [1, 2, 3, 4, 5]},
+            block.name: {"answer": "no idea", "top5": [6, 7, 8, 9, 10]}}},
+    ]  # fmt: skip
+    figures = summarize(rows, [block])
+    assert figures[None]["label"] == pytest.approx(2 / 3) and figures[None]["top5"] == figures[None]["same"] == 1
+    f = figures[block]
+    assert f["label"] == f["same"] == pytest.approx(1 / 3) and f["top5"] == pytest.approx((4 / 6 + 1 + 0) / 3)
+    assert f["interval"] == pytest.approx((0.0615, 0.7923), abs=1e-4)  # Wilson's for 1 of 3
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs it with one scene and two layers; returns the results file's lines."""
+
+    def run(*options, name="out.jsonl"):
+        out = tmp_path / name
+        usual = ("--scenes", "1", "--layers", "0", "11", "--out", str(out))
+        monkeypatch.setattr(sys, "argv", ["disruption", *usual, *options])
+        disruption.main()
+        return out.read_text().splitlines()
+
+    return run
+
+
+def test_resume(command, tmp_path, monkeypatch):
+    """After a kill a torn line kept, questions asked again or forgotten, other results; a seed that does nothing."""
+    usual = "--kinds", "random", "--readings", "only"
+    whole = command(*usual)
+    (tmp_path / "torn.jsonl").write_text("\n".join(whole[:4]) + "\n" + whole[4][:50])
+    asked, answer = [], disruption.answer
+    monkeypatch.setattr(disruption, "answer", lambda model, examples, *how: (
+        asked.extend(e.id for e in examples) or answer(model, examples, *how)))  # fmt: skip
+    assert sorted(command(*usual, name="torn.jsonl")) == sorted(whole)
+    assert sorted(asked) == sorted(json.loads(line)["id"] for line in whole[4:])
+    assert command(*usual, "--seed", "1", name="other.jsonl")[1:] != whole[1:]
+    with pytest.raises(HimapError, match="holds results with seed"):
+        command(*usual, "--seed", "1", name="torn.jsonl")
+
+
+def test_table_and_plot(command, tmp_path, capsys):
+    """A column under another kind's name, a line left out, no numbers without a picture, a picture not drawn."""
+    pytest.importorskip("matplotlib")
+    lines = command("--readings", "only", "upto", "--plot", str(tmp_path / "curves.png"))
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in shown[2:-1]] == ["nothing", "only 0", "only 11", "upto 0", "upto 11"]
+    results = [json.loads(line)["results"] for line in lines[1:]]
+    for place, kind in enumerate(KINDS):
+        assert kind in shown[0].split("|")[2 + 3 * place]
+        same = sum(r[f"{kind} upto 11"]["answer"] == r["undisrupted"]["answer"] for r in results) / len(results)
+        assert shown[6].split("|")[3 + 3 * place].strip() == f"{same:.1%}"
+    assert shown[-1] == f"{len(results)} questions, 0 more could not be asked"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_broken_picture(command, monkeypatch, capsys):
+    """One broken picture that ends the run, takes the rest of its batch with it, or is passed over in silence."""
+    picture = Example.picture
+
+    def broken(example):
+        if example.id.endswith("-color"):
+            raise HimapError("picture is broken")
+        return picture(example)
+
+    monkeypatch.setattr(Example, "picture", broken)
+    rows = [json.loads(line) for line in command("--kinds", "img2img")[1:]]
+    bad = [row["id"] for row in rows if row.get("error") == "picture is broken"]
+    assert bad and all(id.endswith("-color") for id in bad) and all("results" in r for r in rows if r["id"] not in bad)
+    assert f"{len(rows) - len(bad)} questions, {len(bad)} more could not be asked" in capsys.readouterr().out
+    monkeypatch.setattr(Example, "picture", lambda example: broken(Example("x-color", "", (), "", example.source)))
+    with pytest.raises(HimapError, match="none of .* could be asked"):
+        command("--kinds", "img2img", name="other.jsonl")
+
+
+@pytest.mark.parametrize("options", [("--layers", "12"), ("--batch", "0"), ("--max-new-tokens", "0")])
+def test_bad_options(command, options, tmp_path):
+    """A bad number that is noticed only after a results file was begun."""
+    with pytest.raises(HimapError):
+        command(*options)
+    assert not (tmp_path / "out.jsonl").exists()
