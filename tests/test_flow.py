@@ -1,0 +1,351 @@
+"""Saliency: the official code's, that of finite differences, in the right direction, one layer's maps at a time."""
+
+import json
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torch.testing import assert_close
+from toys import TOKENIZERS, make_tokenizer
+
+from himap_ref import HimapError, Llava
+from himap_ref.decoder import rope
+from himap_ref.pruning import LayerView
+from himap_ref.studies import flow
+from himap_ref.studies.options import EMBEDDED
+from himap_ref.studies.plots import check_picture, figure
+from himap_ref.studies.questions import scene_examples
+
+GOLDEN = Path(__file__).parent / "golden"
+(CASE,) = json.loads((GOLDEN / "saliency_cases.json").read_text())["cases"]
+PLAIN, OFFICIAL = map(flow.DEFINITIONS.index, ("plain", "official"))
+near = {"rtol": 1e-3, "atol": 1e-7}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    tensors = load_file(GOLDEN / "saliency_cases.safetensors")
+    return {name.removeprefix(f"{CASE['id']}."): value for name, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def official_run(official, recorded):
+    return flow.ForwardPass(official, recorded["inputs_embeds"])
+
+
+@pytest.fixture(scope="module")
+def official_saliency(official_run):
+    """(layers, 2, n, n), the first layer first."""
+    return torch.stack(list(official_run.saliency(CASE["label"]))[::-1])
+
+
+# ---------------------------------------------------------------- against the official code
+
+
+def test_official_loss(official_run, recorded):
+    """A forward pass that is not the model's, or a loss at another position or of another token."""
+    assert_close(official_run.logits, recorded["logits_last"], rtol=0, atol=2e-4)
+    loss = F.cross_entropy(official_run.logits[None], torch.tensor([CASE["label"]]))
+    assert_close(loss.item(), CASE["loss"], rtol=1e-4, atol=0)
+
+
+def test_official_sums(official_saliency, recorded):
+    """Heads averaged before the absolute value, A once instead of twice, rows for columns, the last layer first."""
+    S = official_saliency[:, OFFICIAL]
+    assert_close(S.sum(dim=2), recorded["row_sum"], **near)
+    assert_close(S.sum(dim=1), recorded["col_sum"], **near)
+    assert not S[-1, :-1].any() and S[-1, -1].any()  # in the last layer only the last row matters
+
+
+def test_official_figures(official_saliency, recorded):
+    """"Props for all" by key column or undivided, "props for image" divided, or text->image in image->text's place."""
+    groups = flow.groups_of((CASE["sys_length"], CASE["sys_length"] + CASE["img_length"]), CASE["n"])
+    layers = [flow.flows(S, groups) for S in official_saliency]
+    tokens = {group: place.stop - place.start for group, place in groups.items()}
+    assert list(tokens.values()) == [CASE["sys_length"], CASE["img_length"], CASE["txt_length"]]
+    row = {"tokens": tokens, "official": {name: [layer[name][OFFICIAL] for layer in layers] for name in layers[0]}}
+    shown = flow.by_layer(row, "official")
+    props4all = torch.tensor([shown[f"into {group}"] for group in ("system", "image", "text")]).T
+    props4img = torch.tensor([shown["image->image"], shown["image->text"]]).T
+    assert_close(props4all, recorded["props4all"], **near)
+    assert_close(props4img, recorded["props4img"], **near)
+    assert not any(shown["text->image"]) and props4all[-1, :2].tolist() == [0, 0] and props4img[-1, 0] == 0
+
+
+# ---------------------------------------------------------------- against arithmetic that knows no autograd
+
+
+def slow_loss(decoder, x, label, bumped=None, bump=0.0):
+    """The loss in float64, `bump` added to the attention at `bumped` = (layer, head, row, column)."""
+    cos_sin = rope(torch.arange(x.shape[1])[None], decoder.config, x.dtype)
+    invisible = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+    for i, layer in enumerate(decoder.layers):
+        hidden, attention = layer.input_layernorm(x), layer.self_attn
+        q, (k, v) = attention.queries(hidden, *cos_sin)[0], attention.keys_values(hidden, *cos_sin)
+        read = []
+        for head in range(len(q)):
+            served_by = head * k.shape[1] // len(q)
+            scores = q[head] @ k[0, served_by].T / q.shape[-1] ** 0.5
+            A = scores.masked_fill(invisible, float("-inf")).softmax(dim=-1)
+            if bumped and bumped[:2] == (i, head):
+                A[bumped[2:]] += bump
+            read.append(A @ v[0, served_by])
+        x = x + attention.o_proj(torch.cat(read, dim=-1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return -decoder.logits(decoder.norm(x[0, -1])).log_softmax(dim=-1)[label]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_finite_differences(tiny_decoder, embeddings, kv_heads):
+    """A gradient through something else than the attention that the model computes with; heads served by wrong ones."""
+    decoder = tiny_decoder(num_hidden_layers=2, num_key_value_heads=kv_heads).double()
+    x, label, n, step = embeddings(1, 5).double(), 5, 5, 1e-5
+    run = flow.ForwardPass(decoder, x)
+    got = torch.stack(list(run.saliency(label))[::-1])  # (layers, 2, n, n)
+    want = torch.zeros_like(got, dtype=torch.float64)
+    for i in range(2):
+        A = flow.run_layer(decoder.layers[i], run.states[i], run.cos_sin)[1][0]
+        for head in range(4):
+            for row, column in torch.ones(n, n).tril().nonzero().tolist():
+                up, down = (slow_loss(decoder, x, label, (i, head, row, column), s) for s in (step, -step))
+                slope, a = (up - down) / (2 * step), A[head, row, column]
+                want[i, PLAIN, row, column] += (a * slope).abs() / 4
+                want[i, OFFICIAL, row, column] += (a * a * slope).abs() / 4
+    assert_close(got.double(), want, rtol=1e-3, atol=1e-6 * want.max().item())
+
+
+def test_layers_alone_equal_one_graph(tiny_decoder, embeddings):
+    """A backward pass that loses or doubles part of the gradient on its way from layer to layer."""
+    decoder, x = tiny_decoder(), embeddings(1, 12)
+    run, maps, state = flow.ForwardPass(decoder, x), [], x.clone().requires_grad_()
+    for layer in decoder.layers:
+        state, A = flow.run_layer(layer, state, run.cos_sin)
+        maps.append(A)
+    loss = F.cross_entropy(decoder.logits(decoder.norm(state[:, -1])), torch.tensor([3]))
+    slopes = torch.autograd.grad(loss, maps)
+    for A, slope, S in zip(reversed(maps), reversed(slopes), run.saliency(3), strict=True):
+        assert_close(S[PLAIN], (A * slope).abs().mean(dim=1)[0], rtol=1e-4, atol=1e-9)
+
+
+def test_one_layers_maps_at_a_time(tiny_decoder, embeddings, monkeypatch):
+    """Maps of earlier layers still held when the next layer's are computed: at 7B's size gigabytes."""
+    maps, alive, made = LayerView.maps, [], []
+
+    def counting(view, rows):
+        alive.append(sum(reference() is not None for reference in made))
+        A = maps(view, rows)
+        made.append(weakref.ref(A.untyped_storage()))  # not of A, of which an alias or a graph could outlive it
+        return A
+
+    monkeypatch.setattr(LayerView, "maps", counting)
+    run = flow.ForwardPass(tiny_decoder(), embeddings(1, 12))
+    for S in run.saliency(3):
+        assert S.shape == (2, 12, 12)
+    assert len(made) == 10 and not any(alive)
+
+
+def test_fp16_of_a_sure_answer(shapes):
+    """Gradients that half precision rounds to 0: image->image then seems not to flow at all."""
+    half = Llava.from_pretrained(EMBEDDED, torch.float16)
+    want, got = (flow.measure(model, scene_examples(1)[0], "answer") for model in (shapes, half))
+    assert want["loss"] < 1e-4
+    for name in ("image->text", "image->image"):
+        assert_close(torch.tensor(got["plain"][name]), torch.tensor(want["plain"][name]), rtol=0.05, atol=0)
+
+
+def test_fp16_of_large_states(tiny_decoder, embeddings):
+    """Gradients that become too small on the way, as behind LLaMA's few huge activations."""
+    decoder, x = tiny_decoder().half(), 4000 * embeddings(1, 12).half()
+    got = torch.stack(list(flow.ForwardPass(decoder, x).saliency(3)))
+    want = torch.stack(list(flow.ForwardPass(decoder.float(), x.float()).saliency(3)))
+    others = slice(0, 11)  # the rows before the last: their gradients have gone through a layer of attention
+    assert_close(got[:, :, others].sum(dim=(2, 3)), want[:, :, others].sum(dim=(2, 3)), rtol=0.05, atol=0)
+
+
+# ---------------------------------------------------------------- directions and means
+
+
+def test_directions():
+    """Source and target exchanged, or a group's border off by one."""
+    S = torch.zeros(2, 6, 6)  # 1 system, 3 image, 2 text tokens
+    S[PLAIN, 4, 3], S[PLAIN, 2, 0], S[PLAIN, 5, 4], S[OFFICIAL, 3, 1] = 1.0, 2.0, 4.0, 8.0
+    sums = flow.flows(S, flow.groups_of((1, 4), 6))
+    wanted = {"image->text": 1.0, "system->image": 2.0, "text->text": 4.0}
+    assert {name: value[PLAIN] for name, value in sums.items()} == dict.fromkeys(flow.DIRECTIONS, 0.0) | wanted
+    assert sums["image->image"][OFFICIAL] == 8.0
+
+
+def test_visible_pairs():
+    """A mean over pairs that no causal model can see, which makes image->image look half as strong."""
+    tokens = {"system": 2, "image": 3, "text": 4}
+    sums = flow.flows(torch.ones(2, 9, 9).tril(), flow.groups_of((2, 5), 9))
+    assert {name: flow.visible_pairs(name, tokens) for name in sums} == {name: v[0] for name, v in sums.items()}
+
+
+def test_by_layer():
+    """Into and out of exchanged, a division by the wrong group's tokens, or an example that is not scaled to 1."""
+    sums = {name: [0.0] for name in flow.DIRECTIONS} | {"image->text": [6.0], "image->image": [2.0]}
+    row = {"tokens": {"system": 1, "image": 2, "text": 3}, "plain": sums}
+    shown = flow.by_layer(row, "plain")
+    into, out = ([shown[f"{way} {group}"][0] for group in flow.GROUPS] for way in ("into", "out of"))
+    assert into == [0, 1, 2] and out == [0, 4, 0] and shown["to text"] == [0.75]
+    assert shown["mean image->text"] == [1.0] and shown["mean image->image"] == [2 / 3]
+    assert "mean text->image" not in shown
+    louder = {**row, "plain": {name: [1000 * value for value in layers] for name, layers in sums.items()}}
+    assert flow.mean_by_layer([row, louder], "plain")["image->text"] == [3003.0]
+    assert flow.mean_by_layer([row, louder], "plain", equal=True)["image->text"] == [0.75]
+
+
+# ---------------------------------------------------------------- the label
+
+
+def test_label_is_what_the_model_says(shapes):
+    """The answer tokenised without the space that the model was trained to say it with: a token that it never says."""
+    for example in scene_examples(1):
+        said = shapes.generate(example.picture(), example.question, max_new_tokens=8)
+        assert said.text == example.answers[0] and flow.answer_label(shapes, example) == said.token_ids[0]
+
+
+@pytest.mark.parametrize("style", TOKENIZERS)
+def test_label_with_any_tokenizer(tiny_llava, style):
+    """A label cut at the wrong place: a piece of the prompt, or the space that some tokenizers put before all text."""
+    tokenizer = make_tokenizer(style)
+    model = tiny_llava({"vocab_size": tokenizer.get_vocab_size()})
+    model.config = replace(model.config, image_token_index=tokenizer.token_to_id("<image>"))
+    model.tokenizer = tokenizer
+    (example, *_) = scene_examples(1)
+    label = flow.answer_label(model, replace(example, answers=("cats", "image", "", "image")))
+    prompt = tokenizer.encode(model.template.replace("{question}", example.question))
+    whole = tokenizer.encode(model.template.replace("{question}", example.question) + " image")
+    assert label == whole.ids[len(prompt.ids)] and tokenizer.decode([label]).strip() in ("i", "im", "image")
+
+
+def test_no_label(shapes):
+    """A caption file without answers, or a label that is no token, ends in a traceback."""
+    (example, *_) = scene_examples(1)
+    with pytest.raises(HimapError, match="--label greedy"):
+        flow.answer_label(shapes, replace(example, answers=(" ",)))
+    run, _, _ = flow.prepare(shapes, example, "greedy")
+    with pytest.raises(HimapError, match="label 460 is no token"):
+        next(run.saliency(460))
+
+
+def test_too_long(shapes):
+    """A prompt beyond the context, where the model's attention means nothing, measured all the same."""
+    (example, *_) = scene_examples(1)
+    with pytest.raises(HimapError, match="context"):
+        flow.measure(shapes, replace(example, question="star " * 600), "greedy")
+
+
+# ---------------------------------------------------------------- the study
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path, capsys):
+    """Runs the command on some questions; -> what it printed, and how many examples it measured."""
+    measured, measure = [], flow.measure
+
+    def counting(model, example, label):
+        measured.append(example.id)
+        return measure(model, example, label)
+
+    def run(*arguments):
+        measured.clear()
+        monkeypatch.setattr(sys, "argv", ["flow", "--out", str(tmp_path / "flow.jsonl"), *map(str, arguments)])
+        flow.main()
+        return capsys.readouterr().out, len(measured)
+
+    monkeypatch.setattr(flow, "measure", counting)
+    return run
+
+
+def test_resume(study, tmp_path):
+    """An interrupted run that starts over, or whose table then differs; layers recorded backwards."""
+    whole, count = study("--limit", 3)
+    assert count == 3 and len(whole.splitlines()) == 2 + 12 + 2
+    lines = (tmp_path / "flow.jsonl").read_text().splitlines(keepends=True)
+    assert all(row[-1] == 0 < row[0] for row in (json.loads(line)["plain"]["image->image"] for line in lines[1:]))
+    (tmp_path / "flow.jsonl").write_text("".join(lines[:2]) + lines[2][:50])  # a kill in the second result
+    resumed, count = study("--limit", 3)
+    assert count == 2 and resumed.splitlines()[:-1] == whole.splitlines()[:-1]  # the last one: memory
+    assert study("--limit", 3, "--saliency", "official", "--equal")[1] == 0  # both definitions are recorded
+
+
+def test_broken_picture(study, tmp_path):
+    """One broken picture that ends the run, or that is left out without a word."""
+    entries = [{"id": name, "image": name, "text": "How many objects are there?", "label": "1"} for name in ("a", "b")]
+    (tmp_path / "questions.json").write_text(json.dumps(entries))
+    Image.new("RGB", (126, 126), "white").save(tmp_path / "a", "png")
+    (tmp_path / "b").write_bytes(b"no picture")
+    out, _ = study("--questions", tmp_path / "questions.json", "--image-folder", tmp_path, "--label", "greedy")
+    assert "mean of 1 examples" in out and "1 could not be used" in out
+    assert "error" in json.loads((tmp_path / "flow.jsonl").read_text().splitlines()[-1])
+    (tmp_path / "flow.jsonl").unlink()
+    (tmp_path / "a").unlink()
+    with pytest.raises(HimapError, match="none of 2 examples could be used"):
+        study("--questions", tmp_path / "questions.json", "--image-folder", tmp_path)
+
+
+def test_show(study, shapes, tmp_path):
+    """A sheet that lacks panels."""
+    study("--limit", 1, "--show", tmp_path / "new" / "tokens.png")
+    with Image.open(tmp_path / "new" / "tokens.png") as sheet:  # the picture; 12 layers in 2 rows, twice
+        assert sheet.size == (8 * 176 - 8, 5 * 186)
+
+
+@pytest.mark.parametrize("strategy, first", [("default", 0), ("full", 1)])
+def test_overlay_tints_the_right_patch(tiny_llava, strategy, first):
+    """Patches transposed, or shifted by the class token."""
+    model = tiny_llava(vision_feature_select_strategy=strategy)  # 4 x 4 patches
+    tokens = torch.zeros(16 + first)
+    tokens[first + 6], tokens[0] = 1.0, first * 5.0  # row 1, column 2; the class token is no patch
+    tinted = flow.overlay(model, Image.new("RGB", (8, 8), "blue"), tokens)
+    red = [(x // 2, y // 2) for x in range(8) for y in range(8) if tinted.getpixel((x, y)) == (255, 0, 0)]
+    assert set(red) == {(2, 1)}
+
+
+# ---------------------------------------------------------------- plots
+
+
+def test_bars(study, tmp_path):
+    """A bar chart that does not draw."""
+    pytest.importorskip("matplotlib")
+    study("--limit", 1, "--plot", tmp_path / "new" / "flow.png")
+    with Image.open(tmp_path / "new" / "flow.png") as picture:
+        assert picture.size == (1800, 600)
+    with pytest.raises(HimapError, match="cannot be written"), figure(tmp_path / "gone" / "x.png", 1, (1, 1)):
+        pass
+
+
+def test_unwritable_pictures(study, tmp_path):
+    """A picture that turns out impossible only when hours of computing are over."""
+    (tmp_path / "file").touch()
+    for name in ("file/x.png", "x.txt", "x"):
+        with pytest.raises(HimapError, match="written"):
+            study("--show", tmp_path / name)
+    assert not (tmp_path / "flow.jsonl").exists()
+
+
+def test_no_matplotlib(study, tmp_path, monkeypatch):
+    """The numbers need matplotlib, or its absence shows as a traceback, or late."""
+    for name in ("matplotlib", "matplotlib.backend_bases", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(HimapError, match="plots"):
+        study("--plot", tmp_path / "x.png")
+    assert not (tmp_path / "flow.jsonl").exists()
+    assert study("--limit", 1)[1] == 1
+
+
+def test_check_leaves_a_picture_as_it_was(tmp_path):
+    """A check that empties or removes the picture of an earlier run."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "old.png").write_bytes(b"old")
+    check_picture(tmp_path / "old.png")
+    check_picture(tmp_path / "new.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
