@@ -139,6 +139,28 @@ class LayerCache:
 
 
 @dataclass
+class Prefix:
+    """The tokens that begin every prompt, computed once: attention is causal, so no picture or question changes them.
+
+    Per layer, for p tokens: what entered it (1, p, d), queries (1, h, p, c), keys and values (1, g, p, c).
+    """
+
+    x: list[Tensor]
+    q: list[Tensor]  # only a score function asks for them; none of the last layer, which is never ranked
+    k: list[Tensor]
+    v: list[Tensor]
+    trace: list[LayerTrace]  # what computing it took
+
+    def __len__(self) -> int:
+        return self.k[0].shape[2]
+
+
+def in_front(first: Tensor, rest: Tensor, dim: int) -> Tensor:
+    """(1, ...) before (B, ...)."""
+    return torch.cat((first.expand(len(rest), *first.shape[1:]), rest), dim)
+
+
+@dataclass
 class DecoderOutput:
     logits: Tensor  # (B, vocab) of the last row
     hidden: Tensor  # (B, rows, d) after the final norm; rows = 1, or all that are left with all_rows=True
@@ -175,53 +197,80 @@ class LlamaDecoder(nn.Module):
         image_span: tuple[int, int] | None = None,
         stages: Sequence[Stage] = (),
         all_rows: bool = False,
+        prefix: Prefix | None = None,
     ) -> DecoderOutput:
         """The prefill: a whole prompt, pruned on its way up.
 
         inputs_embeds: (B, n, d), image tokens in place. image_span: [start, stop) of the image tokens, same for all
-        items. all_rows: compute the last layer for every row that is left, not only for the last one. The trace's
-        tensors have the batch in front: `trace.stages[0].kept` is (B, N'); `trace.item(b)` is one prompt's.
+        items. all_rows: compute the last layer for every row that is left, not only for the last one. prefix: of the
+        first tokens of `inputs_embeds`, which are not computed again. The trace's tensors have the batch in front:
+        `trace.stages[0].kept` is (B, N'); `trace.item(b)` is one prompt's.
         Raises HimapError for stages that do not fit the decoder, the image or the text.
         """
         stage_at = stages_by_layer(stages, len(self.layers))
-        x, (B, n, _) = inputs_embeds, inputs_embeds.shape
-        image = _image_slice(image_span, n, stages)
+        B, n, _ = inputs_embeds.shape
+        p = len(prefix) if prefix else 0
+        image = _image_slice(image_span, n, p, stages)
+        x = inputs_embeds[:, p:]  # (B, n - p, d): the rows to compute; `positions` and `image` tell of all n tokens
         positions = torch.arange(n, device=x.device).expand(B, n)
         candidates = torch.arange(image.stop - image.start, device=x.device).expand(B, -1)
-        cos_sin = rope(positions, self.config, x.dtype)
+        cos_sin = rope(positions[:, p:], self.config, x.dtype)
         cache, trace = [LayerCache() for _ in self.layers], Trace()
 
         for i, layer in enumerate(self.layers):
             h = layer.input_layernorm(x)
-            k, v = cache[i].append(*layer.self_attn.keys_values(h, *cos_sin))  # every token that entered: (B, g, n, c)
-            mask, score_rows = None, 0
+            k, v = layer.self_attn.keys_values(h, *cos_sin)
+            if prefix:
+                k, v = in_front(prefix.k[i], k, dim=2), in_front(prefix.v[i], v, dim=2)
+            cache[i].append(k, v)  # of every token that entered: (B, g, n, c)
+            entered, kv_rows, score_rows = positions, x.shape[1], 0
             if i == len(self.layers) - 1 and not all_rows:  # the last layer: only the last row's logits are asked for
-                x, h, positions = x[:, -1:], h[:, -1:], positions[:, -1:]
-                cos_sin = rope(positions, self.config, x.dtype)
-            q, q_rows = layer.self_attn.queries(h, *cos_sin), h.shape[1]  # (B, h, n, c)
+                x, h = x[:, -1:], h[:, -1:]
+                cos_sin = rope(positions[:, -1:], self.config, x.dtype)
+            q, q_rows = layer.self_attn.queries(h, *cos_sin), h.shape[1]  # (B, h, n - p, c)
 
             if stage := stage_at.get(i + 1):  # HiMAP: stage 1 on entry to layer K1, stage 2 on entry to K2
-                view = LayerView(q, k, v, positions, x, image)
+                whole = (in_front(prefix.q[i], q, dim=2), in_front(prefix.x[i], x, dim=1)) if prefix else (q, x)
+                view = LayerView(whole[0], k, v, positions, whole[1], image)
                 scores = stage.evaluate(view)  # (B, N): phi of each image token, from this layer's attention
                 places = keep_highest(scores, stage.count(candidates.shape[1]))  # (B, N') among the candidates
                 kept = candidates.gather(1, places)  # the same as indices of the whole picture
                 trace.stages.append(StageTrace(stage.layer, stage.name, candidates, scores, kept))
-                rows = rows_of(places, image, x.shape[1])  # (B, n'): system, kept image tokens, text
-                x = x.take_along_dim(rows[..., None], dim=1)  # early drop: the others go no further,
-                q = q.take_along_dim(rows[:, None, :, None], dim=2)  # their k and v stay in this layer's cache
-                all_positions, positions = positions, positions.gather(1, rows)
-                mask = causal_mask(positions, all_positions)  # rows and keys differ now, so SDPA cannot tell
-                cos_sin = rope(positions, self.config, x.dtype)
+                left = rows_of(places, image, positions.shape[1])  # (B, n'): system, kept image tokens, text
+                kept_rows = left[:, p:] - p
+                x = x.take_along_dim(kept_rows[..., None], dim=1)  # early drop: the others go no further,
+                q = q.take_along_dim(kept_rows[:, None, :, None], dim=2)  # their k and v stay in this layer's cache
+                positions = positions.gather(1, left)
+                cos_sin = rope(positions[:, p:], self.config, x.dtype)
                 candidates, image, score_rows = kept, slice(image.start, image.start + kept.shape[1]), view.score_rows
 
+            rows, keys = x.shape[1], k.shape[2]
+            mask = None if rows in (1, keys) else causal_mask(positions[:, -rows:], entered)  # SDPA cannot tell which
             x = x + layer.self_attn.attend(q, k, v, mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            n = k.shape[2]
-            trace.layers.append(LayerTrace(kv=n, q=q_rows, score_rows=score_rows, rows=x.shape[1], keys=n))
+            trace.layers.append(LayerTrace(kv_rows, q_rows, score_rows, rows, keys))
 
         trace.check_scores()
         hidden = self.norm(x)
         return DecoderOutput(self.logits(hidden[:, -1]), hidden, trace, cache)
+
+    def compute_prefix(self, inputs_embeds: Tensor) -> Prefix:
+        """(1, p, d): the tokens that begin every prompt -> what `forward` needs of them."""
+        x, p, trace = inputs_embeds, inputs_embeds.shape[1], []
+        cos_sin = rope(torch.arange(p, device=x.device)[None], self.config, x.dtype)
+        prefix = Prefix([], [], [], [], trace)
+        for layer in self.layers:
+            h = layer.input_layernorm(x)
+            k, v = layer.self_attn.keys_values(h, *cos_sin)
+            prefix.x.append(x), prefix.k.append(k), prefix.v.append(v)
+            if len(prefix.k) == len(self.layers):  # nothing comes after the last layer's keys and values
+                trace.append(LayerTrace(kv=p, q=0, score_rows=0, rows=0, keys=p))
+                break
+            prefix.q.append(layer.self_attn.queries(h, *cos_sin))
+            x = x + layer.self_attn.attend(prefix.q[-1], k, v)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            trace.append(LayerTrace(kv=p, q=p, score_rows=0, rows=p, keys=p))
+        return prefix
 
     def decode(self, inputs_embeds: Tensor, position: int, cache: list[LayerCache]) -> tuple[Tensor, list[LayerTrace]]:
         """One step of generation: (B, 1, d) at `position` of the unpruned sequence -> (B, vocab) logits.
@@ -240,7 +289,9 @@ class LlamaDecoder(nn.Module):
         return self.logits(self.norm(x)[:, -1]), trace
 
 
-def _image_slice(image_span: tuple[int, int] | None, n: int, stages: Sequence[Stage]) -> slice:
+def _image_slice(image_span: tuple[int, int] | None, n: int, p: int, stages: Sequence[Stage]) -> slice:
+    if p and p > (image_span[0] if image_span else n - 1):
+        raise HimapError(f"a prefix of {p} tokens must end before the image and before the last token")
     if image_span is None:
         if stages:
             raise HimapError("stages prune image tokens, but the prompt has no image: pass image_span, or no stages")

@@ -54,15 +54,25 @@ def layer_flops(config: TextConfig, layer: LayerTrace) -> dict[str, int]:
 
 def pass_flops(config: TextConfig, layers: Sequence[LayerTrace]) -> int:
     """All layers of a prefill or of one decode step, and the lm_head of its one row."""
-    return sum(sum(layer_flops(config, layer).values()) for layer in layers) + lm_head_flops(config)
+    return prefix_flops(config, layers) + lm_head_flops(config)
+
+
+def prefix_flops(config: TextConfig, layers: Sequence[LayerTrace]) -> int:
+    """All layers, without lm_head: computing a `Prefix`, once."""
+    return sum(sum(layer_flops(config, layer).values()) for layer in layers)
 
 
 def lm_head_flops(config: TextConfig, rows: int = 1) -> int:
     return 2 * rows * config.hidden_size * config.vocab_size
 
 
-def plan_prefill(config: TextConfig, span: tuple[int, int], n: int, stages: Sequence[Stage] = ()) -> list[LayerTrace]:
-    """What `LlamaDecoder.forward` will do with n tokens, image tokens at `span`, without running it."""
+def plan_prefill(
+    config: TextConfig, span: tuple[int, int], n: int, stages: Sequence[Stage] = (), prefix: int = 0
+) -> list[LayerTrace]:
+    """What `LlamaDecoder.forward` will do with n tokens, image tokens at `span`, without running it.
+
+    prefix: how many tokens at the start are taken from a `Prefix`.
+    """
     stage_at, (start, stop), layers = stages_by_layer(stages, config.num_hidden_layers), span, []
     for i in range(config.num_hidden_layers - 1):
         rows, score_rows = n, 0
@@ -70,9 +80,9 @@ def plan_prefill(config: TextConfig, span: tuple[int, int], n: int, stages: Sequ
             score_rows = _score_rows(config, stage, slice(start, stop), n)
             dropped = stop - start - stage.count(stop - start)
             rows, stop = n - dropped, stop - dropped
-        layers.append(LayerTrace(kv=n, q=n, score_rows=score_rows, rows=rows, keys=n))
+        layers.append(LayerTrace(kv=n - prefix, q=n - prefix, score_rows=score_rows, rows=rows - prefix, keys=n))
         n = rows
-    return [*layers, LayerTrace(kv=n, q=1, score_rows=0, rows=1, keys=n)]
+    return [*layers, LayerTrace(kv=n - prefix, q=1, score_rows=0, rows=1, keys=n)]
 
 
 def plan_decode(prefill: Sequence[LayerTrace], steps: int) -> list[list[LayerTrace]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decoder import LlamaDecoder
+from .decoder import LlamaDecoder, Prefix
 from .errors import HimapError
 from .pruning import LayerTrace, Stage, Trace
 
@@ -84,12 +84,14 @@ def generate(
     sampling: Sampling = Sampling(),
     reprune: bool = False,
     on_token: Callable[[int], None] | None = None,
+    prefix: Prefix | None = None,
 ) -> Generated:
     """(B, n, d) prompts of equal length -> ids.
 
     Image tokens are ranked once, in the prefill, and the cache stays pruned. reprune=True keeps no cache and ranks anew
     for every token, generated tokens among the text rows: what the official code does. on_token is called with each id
-    of prompt 0 as soon as it is chosen. Raises HimapError if the prompt does not fit the context.
+    of prompt 0 as soon as it is chosen. prefix: see `LlamaDecoder.forward`. Raises HimapError if the prompt does not
+    fit the context.
     """
     B, n, _ = inputs_embeds.shape
     room = decoder.config.max_position_embeddings - n
@@ -102,7 +104,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in range(B)]
     done, decode_layers, embeds, start = [False] * B, [], inputs_embeds, clock(inputs_embeds.device)
 
-    out = decoder(embeds, image_span, stages)  # the prefill
+    out = decoder(embeds, image_span, stages, prefix=prefix)  # the prefill
     logits, first_logits, traces = out.logits, out.logits, [out.trace]
     for step in range(limit):
         ids = choose(logits, sampling, generators)  # (B,)
@@ -119,7 +121,7 @@ def generate(
         token = decoder.embed_tokens(ids)[:, None]  # (B, 1, d)
         if reprune:
             embeds = torch.cat((embeds, token), dim=1)
-            out = decoder(embeds, image_span, stages)
+            out = decoder(embeds, image_span, stages, prefix=prefix)
             logits = out.logits
             traces.append(out.trace)
         else:

@@ -14,9 +14,9 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 
 from .config import LlavaConfig, read_json
-from .decoder import DecoderOutput, LlamaDecoder
+from .decoder import DecoderOutput, LlamaDecoder, Prefix
 from .errors import HimapError
-from .flops import Flops, count_flops
+from .flops import Flops, count_flops, prefix_flops
 from .generation import Sampling, clock, generate
 from .image import ImageProcessor, load_image
 from .projector import Projector
@@ -70,6 +70,7 @@ class Llava(nn.Module):
         self.image_processor = ImageProcessor()
         self.eos_token_ids: tuple[int, ...] = ()
         self.template = TEMPLATES["vicuna_v1"]
+        self.prefix: tuple[list[int], Prefix] | None = None  # ids and what is known of them: see `cache_prefix`
         self.settings: dict = {}  # himap.json: "template", "stages" (the schedule that suits it), "note" (its limits)
 
     @classmethod
@@ -141,6 +142,18 @@ class Llava(nn.Module):
         return self.language_model(*self.embed(input_ids, image_embeds), stages, all_rows)
 
     @torch.no_grad()
+    def cache_prefix(self) -> int:
+        """Computes what stands before the picture once; prompts that begin with it take it from there. -> its FLOPs.
+
+        The answers' own FLOPs are without it from then on; their vanilla computes it. Off: `model.prefix = None`.
+        """
+        prompt = self.encode("?", num_image_tokens=1)
+        ids = prompt.ids[: prompt.image_span[0]]
+        embeds = self.language_model.embed_tokens(torch.tensor([ids], device=self.language_model.norm.weight.device))
+        self.prefix = ids, self.language_model.compute_prefix(embeds)
+        return prefix_flops(self.config.text_config, self.prefix[1].trace)
+
+    @torch.no_grad()
     def generate(
         self,
         image: Picture | None | Sequence[Picture | None],
@@ -176,10 +189,13 @@ class Llava(nn.Module):
             pixel_values = torch.cat([self.preprocess(picture) for picture in images])
             image_embeds = reducer.embed_image(self, pixel_values) if reducer else self.embed_image(pixel_values)
         x, span = self.embed(torch.tensor([p.ids for p in encoded]), image_embeds)
+        ids, prefix = self.prefix or ([], None)
+        fits = span and all(p.ids[: len(ids)] == ids for p in encoded)  # not, if the template has changed since
         seconds = {"vision": clock(device) - start}
         out = generate(
             self.language_model, x, span, stages if span else (), max_new_tokens, self.eos_token_ids,
             Sampling(temperature, top_p, seed), reprune, self._streamer(on_text) if on_text else None,
+            prefix if fits else None,
         )  # fmt: skip
         answers = []
         for b, ids in enumerate(out.token_ids):

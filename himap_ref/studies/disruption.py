@@ -187,7 +187,7 @@ class _Prefilled:
         self.config, self.embed_tokens, self.decode = decoder.config, decoder.embed_tokens, decoder.decode
         self.output = output
 
-    def __call__(self, *_) -> DecoderOutput:
+    def __call__(self, *_, **__) -> DecoderOutput:
         return self.output
 
 
