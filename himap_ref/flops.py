@@ -13,11 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .config import LlavaConfig, TextConfig
-from .errors import HimapError
-from .pruning import LayerTrace, LayerView, Stage, stages_by_layer
+from .pruning import LayerTrace
 
 
 def vision_flops(config: LlavaConfig) -> int:
@@ -66,43 +63,14 @@ def lm_head_flops(config: TextConfig, rows: int = 1) -> int:
     return 2 * rows * config.hidden_size * config.vocab_size
 
 
-def plan_prefill(
-    config: TextConfig, span: tuple[int, int], n: int, stages: Sequence[Stage] = (), prefix: int = 0
-) -> list[LayerTrace]:
-    """What `LlamaDecoder.forward` will do with n tokens, image tokens at `span`, without running it.
-
-    prefix: how many tokens at the start are taken from a `Prefix`.
-    """
-    stage_at, (start, stop), layers = stages_by_layer(stages, config.num_hidden_layers), span, []
-    for i in range(config.num_hidden_layers - 1):
-        rows, score_rows = n, 0
-        if stage := stage_at.get(i + 1):
-            score_rows = _score_rows(config, stage, slice(start, stop), n)
-            dropped = stop - start - stage.count(stop - start)
-            rows, stop = n - dropped, stop - dropped
-        layers.append(LayerTrace(kv=n - prefix, q=n - prefix, score_rows=score_rows, rows=rows - prefix, keys=n))
-        n = rows
-    return [*layers, LayerTrace(kv=n - prefix, q=1, score_rows=0, rows=1, keys=n)]
+def vanilla_prefill(config: TextConfig, n: int) -> list[LayerTrace]:
+    """What `LlamaDecoder.forward` does with n tokens and no stages."""
+    return [LayerTrace(n, n, 0, n, n)] * (config.num_hidden_layers - 1) + [LayerTrace(n, 1, 0, 1, n)]
 
 
-def plan_decode(prefill: Sequence[LayerTrace], steps: int) -> list[list[LayerTrace]]:
-    """The cached decode steps after a prefill: each layer's cache grows by one a step."""
+def decode_steps(prefill: Sequence[LayerTrace], steps: int) -> list[list[LayerTrace]]:
+    """The cached steps after a prefill: each layer's cache grows by one a step."""
     return [[LayerTrace(1, 1, 0, 1, layer.keys + step) for layer in prefill] for step in range(1, steps + 1)]
-
-
-def _score_rows(config: TextConfig, stage: Stage, image: slice, n: int) -> int:
-    """Asks the score function itself which rows it makes explicit, on tensors without data."""
-    with torch.device("meta"):
-        q = torch.empty(1, config.num_attention_heads, n, config.head_dim)
-        k = torch.empty(1, config.num_key_value_heads, n, config.head_dim)
-        view = LayerView(q, k, k, torch.empty(1, n), torch.empty(1, n, config.hidden_size), image)
-    try:
-        stage.evaluate(view)
-    except HimapError:
-        raise
-    except Exception as error:  # a user's function may fail in any way without data
-        raise HimapError(f"score {stage.name!r} needs data: its FLOPs are known only after a run ({error})") from error
-    return view.score_rows
 
 
 @dataclass(frozen=True)
@@ -154,8 +122,8 @@ def count_flops(
     if span:
         own = vision_flops(config), projector_flops(config)
         vanilla_n = n - (span[1] - span[0]) + config.num_image_tokens
-    vanilla = plan_prefill(text, (vanilla_n, vanilla_n), vanilla_n)
-    steps = plan_decode(vanilla, len(decode))
+    vanilla = vanilla_prefill(text, vanilla_n)
+    steps = decode_steps(vanilla, len(decode))
     return Flops(
         *(image or own), pass_flops(text, prefill), tuple(pass_flops(text, layers) for layers in decode),
         vanilla=Flops(*own, pass_flops(text, vanilla), tuple(pass_flops(text, layers) for layers in steps)),

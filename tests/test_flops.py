@@ -17,18 +17,18 @@ from himap_ref import (
 )
 from himap_ref.flops import (
     count_flops,
+    decode_steps,
     kv_cache_bytes,
     layer_flops,
     lm_head_flops,
     pass_flops,
-    plan_decode,
-    plan_prefill,
     projector_flops,
     vision_flops,
 )
 from himap_ref.generation import generate
 from himap_ref.studies.literature import definitions, paper_flops, three_matrix_layer, tokens_per_layer
 from himap_ref.studies.methods import FASTV, all_to_image, last_to_image, random
+from himap_ref.studies.plan import plan_prefill
 
 CONFIG_7B, CONFIG_13B = LLAVA_1_5_7B.text_config, LLAVA_1_5_13B.text_config
 
@@ -79,7 +79,7 @@ def test_equal_to_torchs_counter(tiny_llava, embeddings, case):
     plan = plan_prefill(config.text_config, span, n, stages)
     assert plan == out.trace.layers
     assert flops == pass_flops(config.text_config, out.trace.layers) == pass_flops(config.text_config, plan)
-    for step, planned in enumerate(plan_decode(plan, 3)):
+    for step, planned in enumerate(decode_steps(plan, 3)):
         flops, (_, layers) = counted(decoder.decode, embeddings(1, 1, seed=step), n + step, out.cache)
         assert layers == planned
         assert flops == pass_flops(config.text_config, layers)

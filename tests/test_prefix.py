@@ -6,9 +6,10 @@ from test_flops import counted
 from torch.testing import assert_close
 
 from himap_ref import HIMAP, HimapError, Stage, image_to_image, text_to_image
-from himap_ref.flops import pass_flops, plan_prefill, prefix_flops
+from himap_ref.flops import pass_flops, prefix_flops
 from himap_ref.generation import generate
 from himap_ref.studies.methods import all_to_image, last_to_image
+from himap_ref.studies.plan import plan_prefill
 from himap_ref.studies.reducers import ClsAttention
 
 SPAN, N = (6, 20), 27

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig
 from ..errors import run_command
-from ..flops import kv_cache_bytes, lm_head_flops, pass_flops, plan_prefill
+from ..flops import kv_cache_bytes, lm_head_flops, pass_flops
 from ..pruning import HIMAP, HIMAP_CAPTION, Stage, stages_by_layer
+from .plan import plan_prefill
 
 
 def paper_layer(n: int, d: int, m: int) -> int:

@@ -19,11 +19,12 @@ from statistics import mean, median
 
 from ..config import LlavaConfig
 from ..errors import HimapError, run_command
-from ..flops import pass_flops, plan_prefill, projector_flops, vision_flops
+from ..flops import pass_flops, projector_flops, vision_flops
 from ..model import Llava
 from .evaluate import Evaluation, add_arguments
 from .methods import Method, parse_method
 from .metrics import interval, paired
+from .plan import plan_prefill
 from .plots import check_picture, figure
 from .questions import Example
 from .report import markdown
