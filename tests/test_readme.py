@@ -17,6 +17,7 @@ LINKS = {  # link text: what stands in the line that it points to
     "this example": "tokens            bos",
     "from the cache": "def decode",
     "`LayerView`": "class LayerView",
+    "`ImageReducer`": "class ImageReducer",
 }
 
 
