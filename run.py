@@ -89,6 +89,8 @@ def main(args: argparse.Namespace) -> None:
         print(end="" if args.json else "\n", flush=True)
 
     result = report.as_json(model.config, answer, {**seconds, **answer.seconds}, vanilla)
+    if args.show and method.reducer:
+        print("note: --show draws what the decoder's stages kept, and this method has none", file=sys.stderr)
     if args.show:
         report.draw_kept(model, image, answer.trace).save(args.show)
     if args.trace:

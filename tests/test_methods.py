@@ -35,15 +35,16 @@ def test_image_mean_counts_the_rows_that_see_a_token(view):
     assert not torch.equal(want.argsort(), image_to_image(view).argsort())
 
 
-def test_image_mean_is_unbiased_where_attention_is_flat(embeddings):
-    """The finding that the count-normalised score exists for: flat attention ranks v by its place under the sum."""
+def test_bias_where_attention_is_flat():
+    """The bias itself: under the sum, flat attention ranks v by its place; under the mean still, if less."""
     zero = torch.zeros(1, 1, 9, 8)
     view = LayerView(zero, zero, zero, torch.arange(9)[None], zero[:, 0], slice(1, 9))
-    summed, averaged = image_to_image(view)[0], SCORES["image_to_image_mean"](view)[0]
+    summed, averaged, relative = (SCORES[f"image_to_image{name}"](view)[0] for name in ("", "_mean", "_relative"))
     harmonic = [sum(1 / (i + 1) for i in range(v, 9)) for v in range(1, 9)]  # row i sees i + 1 keys, 1 / (i + 1) each
     assert_close(summed, torch.tensor(harmonic))
     assert_close(averaged, torch.tensor([h / (9 - v) for v, h in enumerate(harmonic, start=1)]))
-    assert summed[0] / summed[-1] > 10 > averaged[0] / averaged[-1]
+    assert summed[0] / summed[-1] > 10 > averaged[0] / averaged[-1] > 1.5
+    assert_close(relative, torch.ones(8))
 
 
 def test_published_schedules():

@@ -54,7 +54,7 @@ def ask(tmp_path, folder):
 def test_scenes_ask_what_the_published_table_asked():
     """Other questions, or another of a kind: the README's figures would belong to another set."""
     examples, settings = load("--scenes", 4)
-    assert settings == {"scenes": 4, "first_seed": TEST, "limit": None}
+    assert settings == {"questions": "scenes"}
     expected = []
     for seed in range(TEST, TEST + 4):
         scene = make_scene(seed)
@@ -69,9 +69,9 @@ def test_scenes_ask_what_the_published_table_asked():
 
 
 def test_limit_and_first_seed():
-    """The first N questions, not scenes; another seed asked but not recorded."""
+    """The first N questions, not scenes; another seed not asked; a longer run that could not go on from a shorter."""
     examples, settings = load("--scenes", 3, "--first-seed", 12, "--limit", 2)
-    assert examples == scene_examples(3, 12)[:2] and settings["first_seed"] == 12 and settings["limit"] == 2
+    assert examples == scene_examples(3, 12)[:2] and settings == load("--scenes", 5)[1]
 
 
 # ---------------------------------------------------------------- files
@@ -114,13 +114,14 @@ def test_the_first_question_counts(ask):
 
 
 def test_settings_know_the_contents(tmp_path, folder):
-    """Results of another file, another limit or other hints continued as if they were these; or of a moved one not."""
+    """Results of another file, other hints or pictures continued as if they were these; or of a moved file not."""
     settings = []
     for name, text in ("x.json", [PLAIN]), ("y.json", [PLAIN]), ("x.json", [{**PLAIN, "text": "Else?"}]):
         (tmp_path / name).write_text(json.dumps(text))
         settings.append(load("--questions", tmp_path / name, "--image-folder", folder, "--limit", 3)[1])
     assert settings[0] == settings[1] != settings[2]
-    assert settings[0]["limit"] == 3 and settings[0]["hint"] is None and str(tmp_path) not in str(settings)
+    assert settings[0]["hint"] is None and settings[0]["image_folder"] == str(folder.resolve())
+    assert load("--questions", tmp_path / "y.json", "--image-folder", tmp_path)[1] != settings[0]
 
 
 def test_limit_reads_no_further(ask):

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,11 +38,12 @@ from ..errors import HimapError, run_command
 from ..generation import Generated, generate
 from ..model import Llava
 from ..pruning import Trace, causal_mask
+from .asking import record_each
 from .metrics import wilson
 from .options import add_model_arguments, load_model
 from .plots import check_picture, figure
-from .questions import Example, add_question_arguments, ask_each, load_examples
-from .records import Records
+from .questions import Example, add_question_arguments, load_examples
+from .records import Records, results_path
 
 KINDS = ("img2txt", "img2img", "random")
 READINGS = {"only": "in this layer only", "from": "from this layer on", "upto": "up to this layer"}
@@ -194,13 +195,16 @@ class _Prefilled:
 # ---------------------------------------------------------------- many questions under many blocks
 
 
-def answer(model: Llava, examples: Sequence[Example], blocks: Sequence[Block], seed: int, max_new_tokens: int) -> list:
+def answer(
+    model: Llava, examples: Sequence[Example], pictures: Sequence[Image.Image], blocks: Sequence[Block],
+    seed: int, max_new_tokens: int,
+) -> list[dict]:  # fmt: skip
     """[{"label", "results": {block's name: {"answer", "top5" ids of the first new token}}}], one per example.
 
     The prompts must have equal lengths. Raises HimapError if one of them cannot be asked.
     """
     input_ids = torch.tensor([model.encode(example.question).ids for example in examples])
-    pixel_values = torch.cat([model.preprocess(example.picture()) for example in examples])
+    pixel_values = torch.cat([model.preprocess(picture) for picture in pictures])
     with torch.no_grad():
         x, span = model.embed(input_ids, model.embed_image(pixel_values))
     prompts = Prompts(model.language_model, x, span, [f"{seed} {example.id}" for example in examples])
@@ -212,21 +216,6 @@ def answer(model: Llava, examples: Sequence[Example], blocks: Sequence[Block], s
             text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
             row["results"][name_of(block)] = {"answer": text, "top5": top}
     return rows
-
-
-def measure(
-    model: Llava, examples: Sequence[Example], blocks: Sequence[Block], records: Records,
-    seed: int, max_new_tokens: int, batch: int,
-) -> None:  # fmt: skip
-    """Asks what `records` does not hold yet."""
-    todo = [example for example in examples if example.id not in records]
-    with tqdm(total=len(examples), initial=len(examples) - len(todo), desc="questions", unit="question") as progress:
-        for example, row in ask_each(model, todo, batch, lambda g: answer(model, g, blocks, seed, max_new_tokens)):
-            if isinstance(row, HimapError):
-                progress.write(f"{example.id}: {row}", file=sys.stderr)
-                row = {"error": str(row)}
-            records.add(example.id, row)
-            progress.update()
 
 
 # ---------------------------------------------------------------- figures
@@ -329,7 +318,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the random rows")
     add("--max-new-tokens", type=int, default=8)
     add("--batch", type=int, default=16, help="questions at a time, of equally long prompts; fewer need less memory")
-    add("--out", type=Path, default=Path("runs/disruption.jsonl"))
+    add("--out", type=Path, default=Path("runs/disruption"), help="a file, or a folder for one")
     add("--plot", type=Path, help="a picture of the curves; needs matplotlib")
 
 
@@ -352,8 +341,13 @@ def main() -> None:
     model, weights = load_model(args)
     blocks = blocks_of(args, model.config.text_config.num_hidden_layers)
     own = {name: getattr(args, name) for name in ("kinds", "readings", "layers", "keep_diagonal", "seed")}
-    with Records(args.out, {**weights, **data, **own, "max_new_tokens": args.max_new_tokens}) as records:
-        measure(model, examples, blocks, records, args.seed, args.max_new_tokens, args.batch)
+    settings = {**weights, **data, **own, "max_new_tokens": args.max_new_tokens}
+    with Records(results_path(args.out, "disruption", settings), settings) as records:
+
+        def ask(group: list[Example], pictures: list) -> list[dict]:
+            return answer(model, group, pictures, blocks, args.seed, args.max_new_tokens)
+
+        record_each(model, examples, records, args.batch, ask, "questions")
         report([records.rows[example.id] for example in examples], examples, blocks, args.plot)
 
 

@@ -3,50 +3,41 @@
     python -m himap_ref.studies.evaluate --method himap
     python -m himap_ref.studies.evaluate --weights llava-1.5-7b --questions FILE --image-folder DIR --metric letter
 
-One JSON line per question goes to --out at once; the same command started again goes on where it stopped. A question
-that cannot be asked (no picture, too long) is recorded with its error and counted apart; remove its line to retry it.
+One JSON line per question goes to --out at once; the same command started again goes on where it stopped, also with
+another --batch or more questions. One that cannot be asked (no picture, too long) is recorded with its error, counted
+apart, and asked again next time.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
 import torch
-from tqdm import tqdm
 
 from ..errors import HimapError, run_command
 from ..flops import kv_cache_bytes
 from ..model import Answer, Llava
+from .asking import record_each
 from .literature import paper_flops
 from .methods import Method, parse_method
 from .metrics import METRICS, Metric, interval
 from .options import add_model_arguments, load_model
-from .questions import Example, add_question_arguments, ask_each, load_examples
-from .records import Records
+from .questions import Example, add_question_arguments, load_examples
+from .records import Records, results_path
 from .report import amount
 
-# ---------------------------------------------------------------- asking
 
-
-def answer_all(
-    model: Llava, examples: Sequence[Example], method: Method, max_new_tokens: int, batch: int = 1
-) -> Iterator[tuple[Example, tuple[Answer, int] | HimapError]]:
-    """Greedy answers, each with the size of the batch it came in; what cannot be asked comes with its error."""
-
-    def ask(group: list[Example]) -> list[tuple[Answer, int]]:
-        pictures, questions = [e.picture() for e in group], [e.question for e in group]
-        answers = model.generate(pictures, questions, method.stages, max_new_tokens, reducer=method.reducer)
-        return [(answer, len(group)) for answer in answers]
-
-    return ask_each(model, examples, batch, ask, method.num_image_tokens(model.config))
-
-
-# ---------------------------------------------------------------- recording
+def answer(
+    model: Llava, examples: Sequence[Example], pictures: Sequence, method: Method, max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers to questions of equal length."""
+    questions = [example.question for example in examples]
+    return model.generate(pictures, questions, method.stages, max_new_tokens, reducer=method.reducer)
 
 
 @dataclass
@@ -62,41 +53,40 @@ class Evaluation:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Evaluation:
+        if min(args.batch, args.max_new_tokens) < 1:
+            raise HimapError("--batch and --max-new-tokens: must be at least 1")
         examples, data = load_examples(args)
+        METRICS[args.metric].check(examples)
         model, weights = load_model(args)
-        own = {"metric": args.metric, "max_new_tokens": args.max_new_tokens, "batch": args.batch}
-        metric = METRICS[args.metric]
-        return cls(model, examples, metric, args.max_new_tokens, args.batch, {**weights, **data, **own})
+        settings = {**weights, **data, "metric": args.metric, "max_new_tokens": args.max_new_tokens}
+        return cls(model, examples, METRICS[args.metric], args.max_new_tokens, args.batch, settings)
 
-    def run(self, method: Method, path: Path, with_kept: bool = False) -> tuple[dict, dict[str, dict]]:
-        """Answers what `path` does not hold yet; returns the summary and each question's row.
+    def run(self, method: Method, out: Path, with_kept: bool = False) -> tuple[dict, dict[str, dict]]:
+        """Answers what is not recorded yet; returns the summary and each question's row.
 
-        with_kept: also record which image tokens each stage kept.
+        out: see `results_path`. with_kept: also record the tokens each stage kept.
         """
-        stages = [[stage.layer, stage.keep, stage.name] for stage in method.stages]  # a name may change its meaning
-        settings = {"method": method.name, "stages": stages, "reducer": repr(method.reducer), "kept_tokens": with_kept}
-        with Records(path, {**self.settings, **settings}) as records:
-            todo = [example for example in self.examples if example.id not in records]
-            progress = tqdm(total=len(self.examples), initial=len(self.examples) - len(todo), unit="question")
-            progress.set_description(method.name)
-            for example, result in answer_all(self.model, todo, method, self.max_new_tokens, self.batch):
-                row = self._row(example, result, with_kept)
-                if "error" in row:
-                    progress.write(f"{example.id}: {row['error']}", file=sys.stderr)
-                records.add(example.id, row)
-                progress.update()
-            progress.close()
-        return self.summarize(method, records.rows), records.rows
 
-    def _row(self, example: Example, result: tuple[Answer, int] | HimapError, with_kept: bool) -> dict:
-        """What is recorded of one answer. seconds: its batch's, divided by the batch's size."""
-        kind = {"kind": example.kind} if example.kind else {}
-        if isinstance(result, HimapError):
-            return {**kind, "error": str(result)}
-        answer, size = result
+        def ask(examples: list[Example], pictures: list) -> list[dict]:
+            answers = answer(self.model, examples, pictures, method, self.max_new_tokens)
+            steps = max(len(each.token_ids) for each in answers) - 1  # all wait for the longest answer
+            rows = [self._row(e, each, len(answers), steps) for e, each in zip(examples, answers, strict=True)]
+            for row, each in zip(rows, answers if with_kept else (), strict=False):
+                row["kept_tokens"] = [stage.kept.tolist() for stage in each.trace.stages]
+            return rows
+
+        settings = {**self.settings, **method.settings(), "kept_tokens": with_kept}
+        path = results_path(out, method.name, settings)
+        with Records(path, settings) as records:
+            N = method.num_image_tokens(self.model.config)
+            record_each(self.model, self.examples, records, self.batch, ask, method.name, N)
+            rows = {example.id: records.rows[example.id] for example in self.examples}
+        return {**self.summarize(method, rows), "file": str(path)}, rows
+
+    def _row(self, example: Example, answer: Answer, batch: int, steps: int) -> dict:
+        """What is recorded of one answer. seconds: its batch's; decode_steps: how many it took for all its answers."""
         span, flops, text = answer.image_span, answer.flops, self.model.config.text_config
-        row = {
-            **kind,
+        return ({"kind": example.kind} if example.kind else {}) | {
             "answer": answer.text,
             "label": list(example.answers),
             "correct": self.metric.score(answer.text, example) if self.metric.score else None,
@@ -107,19 +97,21 @@ class Evaluation:
             "flops": {"total": flops.total, "decoder": flops.decoder},
             "vanilla_flops": {"total": flops.vanilla.total, "decoder": flops.vanilla.decoder},
             "kv_cache_bytes": kv_cache_bytes(text, answer.trace.layers, answer.first_logits.element_size()),
-            "seconds": {part: round(value / size, 6) for part, value in answer.seconds.items()},
+            "batch": batch,
+            "decode_steps": steps,
+            "seconds": {part: round(value, 6) for part, value in answer.seconds.items()},
+            "peak_bytes": peak_memory(self.model.language_model.norm.weight.device),
         }
-        return row | {"kept_tokens": [stage.kept.tolist() for stage in answer.trace.stages]} if with_kept else row
 
     def summarize(self, method: Method, rows: dict[str, dict]) -> dict:
         """Figures over all questions that were answered; raises HimapError if none was."""
-        answered = [(row, e) for e in self.examples for row in [rows[e.id]] if "error" not in row]
+        answered = [(rows[e.id], e) for e in self.examples if "error" not in rows[e.id]]
         if not answered:
             raise HimapError(f"no question could be asked; the first: {rows[self.examples[0].id]['error']}")
         done, config = [row for row, _ in answered], self.model.config
         tokens = [m.tokens_per_layer(config) for m in (method, Method("none"))]
         image_only, vanilla = (paper_flops(config.text_config, per_layer) for per_layer in tokens)
-        decode = [row["seconds"]["decode"] / (row["new_tokens"] - 1) for row in done if row["new_tokens"] > 1]
+        decode = [row["seconds"]["decode"] / row["decode_steps"] for row in done if row["decode_steps"]]
 
         def share(part: str) -> float:
             return sum(row["flops"][part] for row in done) / sum(row["vanilla_flops"][part] for row in done)
@@ -136,42 +128,50 @@ class Evaluation:
             "decoder_ratio": share("decoder"),
             "image_only_ratio": image_only / vanilla,
             "seconds": {part: median(row["seconds"][part] for row in done) for part in ("vision", "prefill")}
-            | {"decode_per_token": median(decode) if decode else 0.0},
+            | {"decode_step": median(decode) if decode else 0.0},
+            "batch": max(row["batch"] for row in done),
+            "cut": sum(row["finish"] != "eos" for row in done),
             "kv_cache_bytes": mean(row["kv_cache_bytes"] for row in done),
+            "peak_bytes": max(row["peak_bytes"] for row in done),
         }
 
 
 # ---------------------------------------------------------------- showing
 
 
-def peak_memory(device: str) -> int:
-    """Bytes this process has held at most: on the GPU if it computed there, else in main memory."""
+def peak_memory(device: str | torch.device) -> int:
+    """Bytes this process has held at most: on the GPU if it computed there, else in main memory; 0 if not known."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def table(summary: dict, peak: int) -> str:
+def table(summary: dict) -> str:
     """The summary, a figure a line."""
-    seconds = summary["seconds"]
+    s, seconds = summary, summary["seconds"]
+    batch = f", of a batch of {s['batch']}" if s["batch"] > 1 else ""
     lines = {
-        "method": summary["method"],
-        "questions": f"{summary['n']} answered, {summary['errors']} could not be asked",
-        **{name: f"{value:.4g}" for name, value in summary["metrics"].items()},
-        **({"  95 % interval": "{:.4g} - {:.4g}".format(*summary["interval"])} if summary["interval"] else {}),
-        "image tokens": " -> ".join(f"{count:g}" for count in summary["kept"]),
-        "FLOPs": f"{amount(summary['flops'])}FLOPs an answer, {summary['ratio']:.1%} of vanilla",
-        "  decoder": f"{summary['decoder_ratio']:.1%} of vanilla: whole prompt and answer, as executed",
-        "  image tokens only": f"{summary['image_only_ratio']:.1%} of vanilla: the paper's eq. 10",
-        "seconds, median": f"vision {seconds['vision']:.4f}, prefill {seconds['prefill']:.4f}, "
-        f"decode {seconds['decode_per_token']:.4f} a token",
-        "KV cache": f"{summary['kv_cache_bytes'] / 2**20:.2f} MiB after the prefill, mean",
-        "peak memory": f"{peak / 2**30:.2f} GiB, weights included",
+        "method": s["method"],
+        "questions": f"{s['n']} answered, {s['errors']} could not be asked, {s['cut']} answers cut at the limit",
+        **{name: f"{value:.4g}" for name, value in s["metrics"].items()},
+        **({"  95 % interval": "{:.4g} - {:.4g}".format(*s["interval"])} if s["interval"] else {}),
+        "image tokens": " -> ".join(f"{count:g}" for count in s["kept"]),
+        "FLOPs": f"{amount(s['flops'])}FLOPs an answer, {s['ratio']:.1%} of vanilla",
+        "  decoder": f"{s['decoder_ratio']:.1%} of vanilla: whole prompt and answer, as executed",
+        "  image tokens only": f"{s['image_only_ratio']:.1%} of vanilla: the paper's eq. 10",
+        f"seconds, median{batch}": f"vision {seconds['vision']:.4f}, prefill {seconds['prefill']:.4f}, "
+        f"decode {seconds['decode_step']:.4f} a token",
+        "KV cache": f"{s['kv_cache_bytes'] / 2**20:.2f} MiB after the prefill, mean",
+        "peak memory": f"{s['peak_bytes'] / 2**30:.2f} GiB, weights included" if s["peak_bytes"] else "unknown",
+        "results": s["file"],
     }
-    return "\n".join(f"{name:20} {value}" for name, value in lines.items())
+    wide = max(map(len, lines))
+    return "\n".join(f"{name:{wide}}  {value}" for name, value in lines.items())
 
 
 def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, batch: int) -> None:
@@ -187,11 +187,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, max_new_tokens=64, batch=1)
     parser.add_argument("--method", default="himap", help="a name as in run.py, or stages: LAYER:KEEP:SCORE,...")
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluate.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="a file, or a folder for one")
     args = parser.parse_args()
     evaluation = Evaluation.from_args(args)
     summary, _ = evaluation.run(parse_method(args.method, evaluation.model), args.out)
-    print(table(summary, peak_memory(args.device)))
+    print(table(summary))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ weights: 297 MiB in bf16 with 2 layers, 307 with 4 (fp32: 350, 371), hence 0.45 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -38,18 +37,18 @@ from statistics import fmean
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 from ..decoder import DecoderLayer, LlamaDecoder, rope
 from ..errors import HimapError, run_command
 from ..model import Llava
 from ..prompt import encode_prompt
 from ..pruning import LayerView
+from .asking import record_each
 from .evaluate import peak_memory
 from .options import add_model_arguments, load_model
 from .plots import check_picture, check_writable, figure
 from .questions import Example, add_question_arguments, load_examples
-from .records import Records
+from .records import Records, results_path
 
 GROUPS = ("system", "image", "text")
 DIRECTIONS = tuple(f"{source}->{target}" for target in GROUPS for source in GROUPS)
@@ -341,23 +340,6 @@ def _sheet(sections: list[list[tuple[str, Image.Image]]]) -> Image.Image:
 # ---------------------------------------------------------------- running it
 
 
-def measure_all(model: Llava, examples: Sequence[Example], label: str, records: Records) -> None:
-    """Measures what `records` does not hold yet; an example that cannot be asked is recorded with its error."""
-    done = sum(example.id in records for example in examples)
-    progress = tqdm(total=len(examples), initial=done, desc="flow", unit="question")
-    for example in examples:
-        if example.id in records:
-            continue
-        try:
-            row = measure(model, example, label)
-        except HimapError as error:
-            row = {"error": str(error)}
-            progress.write(f"{example.id}: {error}", file=sys.stderr)
-        records.add(example.id, row)
-        progress.update()
-    progress.close()
-
-
 def show(args: argparse.Namespace, model: Llava, examples: Sequence[Example], rows: Sequence[dict]) -> None:
     """Table and pictures of what was recorded of each example; raises HimapError if that is nothing but errors."""
     usable = [(example, row) for example, row in zip(examples, rows, strict=True) if "error" not in row]
@@ -382,7 +364,7 @@ def main() -> None:
                         help="whose first token the loss is of: the right answer's or the model's")  # fmt: skip
     parser.add_argument("--saliency", choices=DEFINITIONS, default="plain", help="what is shown; both are recorded")
     parser.add_argument("--equal", action="store_true", help="show every example's saliency scaled to a total of 1")
-    parser.add_argument("--out", type=Path, default=Path("runs/flow.jsonl"), help="results; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/flow"), help="a file, or a folder for one")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="bar chart by layer; needs matplotlib (extra plots)")
     parser.add_argument("--show", metavar="FILE.png", type=Path,
                         help="the first example's picture, tinted by what flows out of each image token")  # fmt: skip
@@ -393,8 +375,9 @@ def main() -> None:
         check_writable(args.show)
     examples, asked = load_examples(args)
     model, settings = load_model(args)
-    with Records(args.out, {**settings, **asked, "label": args.label}) as records:
-        measure_all(model, examples, args.label, records)
+    settings = {**settings, **asked, "label": args.label}
+    with Records(results_path(args.out, "flow", settings), settings) as records:
+        record_each(model, examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")
     show(args, model, examples, [records.rows[example.id] for example in examples])
 
 

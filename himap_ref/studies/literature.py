@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig
 from ..errors import run_command
 from ..flops import kv_cache_bytes, lm_head_flops, pass_flops
-from ..pruning import HIMAP, HIMAP_CAPTION, Stage, stages_by_layer
-from .plan import plan_prefill
+from ..pruning import HIMAP, HIMAP_CAPTION, Stage
+from .plan import plan_prefill, tokens_per_layer
 
 
 def paper_layer(n: int, d: int, m: int) -> int:
@@ -25,15 +25,6 @@ def paper_layer(n: int, d: int, m: int) -> int:
 def three_matrix_layer(n: int, d: int, m: int) -> int:
     """4nd^2 + 2n^2 d + 3ndm: PyramidDrop, SparseVLM. All three matrices; twice this is the true FLOPs of a layer."""
     return paper_layer(n, d, m) + n * d * m
-
-
-def tokens_per_layer(stages: Sequence[Stage], num_image_tokens: int, num_layers: int) -> list[int]:
-    """Image tokens in each layer in the papers' order: a stage at K takes effect on entry to layer K."""
-    stage_at, tokens, n = stages_by_layer(stages, num_layers), [], num_image_tokens
-    for layer in range(num_layers):
-        n = stage_at[layer].count(n) if layer in stage_at else n
-        tokens.append(n)
-    return tokens
 
 
 def paper_flops(config: TextConfig, tokens: Sequence[int], layer=paper_layer) -> int:

@@ -7,10 +7,12 @@ through the same loop and are counted the same way.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from ..config import LlavaConfig
 from ..errors import HimapError
 from ..model import ImageReducer, Llava
 from ..pruning import HIMAP, HIMAP_CAPTION, LayerView, Score, Stage, image_to_image, text_to_image
-from .literature import tokens_per_layer
+from .plan import tokens_per_layer
 from .reducers import AveragePool, ClsAttention
 
 # ---------------------------------------------------------------- scores
@@ -36,9 +38,23 @@ def all_to_image(view: LayerView) -> Tensor:
 
 
 def image_to_image_mean(view: LayerView) -> Tensor:
-    """HiMAP's stage 2 without the bias of its sum: the mean over the image rows that can see v."""
+    """HiMAP's stage 2, count-normalised: the mean over the image rows that can see v, not their sum.
+
+    That takes one half of the sum's bias out. The other stays: earlier rows have fewer keys to share their attention
+    among, so each key has more of it.
+    """
     scores = image_to_image(view)
     return scores / torch.arange(scores.shape[1], 0, -1, device=scores.device)  # v is seen by itself and all after it
+
+
+def image_to_image_relative(view: LayerView) -> Tensor:
+    """HiMAP's stage 2 with both halves out: that mean, of A[i, v] relative to 1 / keys that row i sees.
+
+    The same for every v where attention is flat.
+    """
+    attention, n = view.attention(view.image, view.image), torch.arange(view.image.start + 1, view.image.stop + 1)
+    scores = (attention * n.to(attention.device)[:, None]).sum(dim=1)
+    return scores / torch.arange(scores.shape[1], 0, -1, device=scores.device)
 
 
 def random(view: LayerView, seed: int = 0) -> Tensor:
@@ -50,10 +66,24 @@ def random(view: LayerView, seed: int = 0) -> Tensor:
 
 SCORES: dict[str, Score] = {
     score.__name__: score
-    for score in (text_to_image, image_to_image, image_to_image_mean, last_to_image, all_to_image, random)
-}
+    for score in (
+        text_to_image, image_to_image, image_to_image_mean, image_to_image_relative, last_to_image, all_to_image,
+        random,
+    )
+}  # fmt: skip
 
 # ---------------------------------------------------------------- methods
+
+
+def _source(score: Score | None) -> str | None:
+    """A hash of the file that a function of one's own is written in; None for those of this package."""
+    module = inspect.getmodule(getattr(score, "func", score))
+    if module is None or module.__name__.startswith(__package__.split(".")[0]):
+        return None
+    try:
+        return sha256(inspect.getsource(module).encode()).hexdigest()[:8]
+    except (OSError, TypeError):  # built in, or typed at a prompt
+        return "unknown"
 
 
 @dataclass(frozen=True)
@@ -67,6 +97,11 @@ class Method:
     def num_image_tokens(self, config: LlavaConfig) -> int:
         """Those that enter the decoder."""
         return self.reducer.num_image_tokens(config) if self.reducer else config.num_image_tokens
+
+    def settings(self) -> dict:
+        """By which a results file recognises it: a name, or a function of one's own, may mean another one tomorrow."""
+        stages = [[stage.layer, stage.keep, stage.name, _source(stage.score)] for stage in self.stages]
+        return {"method": self.name, "stages": stages, "reducer": repr(self.reducer) if self.reducer else None}
 
     def tokens_per_layer(self, config: LlavaConfig) -> list[int]:
         """Image tokens in each layer, as papers count; raises HimapError if the stages do not fit the model."""
@@ -82,7 +117,9 @@ METHODS: dict[str, Callable[[int], tuple[Stage, ...]]] = {
     "himap-caption": lambda layers: HIMAP_CAPTION,
     "fastv": lambda layers: FASTV,
     "vtw": lambda layers: (Stage(15 * layers // 32, 0, None),),  # arXiv 2405.05803: layer 15 of 32
-    "pyramiddrop": lambda layers: tuple(  # arXiv 2410.17247: layers 8, 16, 24 of 32, half of the tokens each time
+    # arXiv 2410.17247: layers 8, 16, 24 of 32, half of the tokens each time. Its code ranks by layer K's own attention
+    # and renumbers the positions of what is left; here, as for every method, K-1's, and positions stay.
+    "pyramiddrop": lambda layers: tuple(
         Stage(quarter * layers // 4, 0.5, last_to_image) for quarter in (1, 2, 3)
     ),
     "random": lambda layers: (Stage(2, 0.5, random),),
@@ -148,5 +185,5 @@ def _find_score(name: str, trusted: bool) -> Score | None:
         raise HimapError(f"score {name!r} is unknown: expected {', '.join(SCORES)} or module:function")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise HimapError(f"score {name!r} cannot be imported ({error})") from None

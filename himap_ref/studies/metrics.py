@@ -27,6 +27,7 @@ class Metric:
     name: str
     score: Callable[[str, Example], float] | None
     figures: Callable[[Answered], dict[str, float]] | None = None
+    check: Callable[[Sequence[Example]], None] = lambda examples: None  # raises HimapError before hours of asking
 
     def summary(self, answered: Answered) -> dict[str, float]:
         """Figures by name, the first the one to quote. Raises HimapError if there is nothing to judge."""
@@ -138,13 +139,7 @@ def pope_figures(answered: Answered) -> dict[str, float]:
 # ---------------------------------------------------------------- captions
 
 
-def cider(answered: Answered) -> dict[str, float]:
-    """CIDEr-D (Vedantam et al. 2015) by pycocoevalcap, the COCO evaluation's code. It needs Java for its tokeniser.
-
-    Scaled by 10 as everywhere, so that 1.0 is what papers print as 100. Rare words weigh more, and how rare a word is
-    follows from the references of these very questions: figures compare only on the same set, and one picture alone
-    scores 0.
-    """
+def _find_cider(_=()) -> tuple[type, type]:
     try:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -152,6 +147,17 @@ def cider(answered: Answered) -> dict[str, float]:
         raise HimapError("cider needs pycocoevalcap: pip install 'himap-ref[captions]'") from None
     if shutil.which("java") is None:
         raise HimapError("cider needs Java for its tokeniser: install a Java runtime, 8 or newer")
+    return Cider, PTBTokenizer
+
+
+def cider(answered: Answered) -> dict[str, float]:
+    """CIDEr-D (Vedantam et al. 2015) by pycocoevalcap, the COCO evaluation's code. It needs Java for its tokeniser.
+
+    Scaled by 10 as everywhere, so that 1.0 is what papers print as 100. Rare words weigh more, and how rare a word is
+    follows from the references of these very questions: figures compare only on the same set, and one picture alone
+    scores 0.
+    """
+    Cider, PTBTokenizer = _find_cider()
     captions = {  # of each question the answer, then the references; one line each, because the tokeniser reads lines
         i: [{"caption": " ".join(text.split())} for text in (answer, *example.answers)]
         for i, (answer, example) in enumerate(answered)
@@ -172,8 +178,8 @@ METRICS = {
         Metric("letter", exact),  # by the name under which readers of the official code look for it
         Metric("exact", exact),
         Metric("vqa", vqa),
-        Metric("pope", pope, pope_figures),
-        Metric("cider", None, cider),
+        Metric("pope", pope, pope_figures, check=lambda examples: [_is_yes(example) for example in examples]),
+        Metric("cider", None, cider, check=_find_cider),
     )
 }
 
@@ -185,7 +191,7 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     p, z2 = hits / n, z * z
     middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
 def bootstrap(scores: Sequence[float], seed: int = 0, repeats: int = 2000) -> tuple[float, float]:
@@ -202,16 +208,16 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
     return wilson(int(sum(scores)), len(scores)) if set(scores) <= {0, 1} else bootstrap(scores)
 
 
-def paired(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
-    """The same questions, right or wrong under a and under b: how many b lost and won, and how likely by chance.
+def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """The same questions' scores under a and under b: how many b lost (scored lower) and won, and by what chance.
 
-    p: McNemar's exact test, two-sided: that lost and won differ so much, were either as likely. agreement: the share
-    right under both or wrong under both.
+    p: the exact sign test, two-sided, for hits and misses McNemar's: that lost and won differ so much, were either as
+    likely. agreement: the share that scored the same.
     """
     if len(a) != len(b) or not a:
         raise HimapError(f"{len(a)} answers cannot be paired with {len(b)}: they must be to the same questions")
-    lost = sum(x and not y for x, y in zip(a, b, strict=True))
-    won = sum(y and not x for x, y in zip(a, b, strict=True))
+    lost = sum(y < x for x, y in zip(a, b, strict=True))
+    won = sum(y > x for x, y in zip(a, b, strict=True))
     flips = lost + won
     return {"agreement": 1 - flips / len(a), "lost": lost, "won": won, "p": _two_sided(min(lost, won), flips)}
 

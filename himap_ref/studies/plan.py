@@ -1,4 +1,4 @@
-"""What a schedule will cost, without running it: the trace that `LlamaDecoder.forward` would leave."""
+"""What a schedule will do, without running it: the trace that `LlamaDecoder.forward` would leave, tokens by layer."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def plan_prefill(
         layers.append(LayerTrace(kv=n - prefix, q=n - prefix, score_rows=score_rows, rows=rows - prefix, keys=n))
         n = rows
     return [*layers, LayerTrace(kv=n - prefix, q=1, score_rows=0, rows=1, keys=n)]
+
+
+def tokens_per_layer(stages: Sequence[Stage], num_image_tokens: int, num_layers: int) -> list[int]:
+    """Image tokens in each layer in the papers' order: a stage at K takes effect on entry to layer K."""
+    stage_at, tokens, n = stages_by_layer(stages, num_layers), [], num_image_tokens
+    for layer in range(num_layers):
+        n = stage_at[layer].count(n) if layer in stage_at else n
+        tokens.append(n)
+    return tokens
 
 
 def _score_rows(config: TextConfig, stage: Stage, image: slice, n: int) -> int:

@@ -16,8 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +25,6 @@ from PIL import Image
 
 from ..errors import HimapError
 from ..image import load_image
-from ..model import Llava
 from .scenes import CHOICE_HINT, KINDS, TEST, Scene, draw, make_questions, make_scene
 
 HINTS = {  # the line that LLaVA-1.5 was trained to see below such questions; the official files come without it
@@ -56,58 +54,31 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", type=Path, metavar="DIR", help="where the paths in FILE start")
     parser.add_argument("--hint", choices=HINTS, help="put LLaVA's line for such answers below every question of FILE; "
                         "the official HiMAP runs ask with `letter`")  # fmt: skip
-    parser.add_argument("--scenes", type=int, default=100, help="without FILE: how many drawn scenes; default: 100")
-    parser.add_argument("--first-seed", type=int, default=TEST, help="the first scene; default: %(default)s, never "
-                        "trained on")  # fmt: skip
+    parser.add_argument("--scenes", type=int, help="without FILE: how many drawn scenes; default: 100")
+    parser.add_argument("--first-seed", type=int, help=f"the first scene; default: {TEST}, never trained on")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
 
 
 def load_examples(args: argparse.Namespace) -> tuple[list[Example], dict]:
-    """The examples, and the settings by which a results file recognises them: a question file by its contents."""
+    """The examples, and the settings by which a results file recognises what they are taken from.
+
+    A question file is recognised by its contents. How many are asked is no setting: more can be asked later.
+    """
     if args.limit is not None and args.limit < 1:
         raise HimapError(f"--limit {args.limit}: must be at least 1")
     if args.questions is None:
         if args.image_folder or args.hint:
             raise HimapError("--image-folder and --hint go with --questions: give its file, or leave them out")
-        settings = {"scenes": args.scenes, "first_seed": args.first_seed, "limit": args.limit}
-        return scene_examples(args.scenes, args.first_seed)[: args.limit], settings
+        count, first = 100 if args.scenes is None else args.scenes, TEST if args.first_seed is None else args.first_seed
+        return scene_examples(count, first)[: args.limit], {"questions": "scenes"}
+    if args.scenes is not None or args.first_seed is not None:
+        raise HimapError("--scenes and --first-seed go without --questions: ask about scenes or ask the file's")
     if args.image_folder is None:
         raise HimapError("--questions needs --image-folder: the folder where the paths of its pictures start")
     data = _read_bytes(args.questions)
     examples = parse_questions(data, args.image_folder, str(args.questions), args.limit, HINTS.get(args.hint, ""))
-    return examples, {"questions": sha256(data).hexdigest(), "limit": args.limit, "hint": args.hint}
-
-
-def ask_each(
-    model: Llava, examples: Sequence[Example], size: int, ask: Callable[[list[Example]], list],
-    num_image_tokens: int | None = None,
-) -> Iterator[tuple[Example, object]]:  # fmt: skip
-    """(example, what `ask` makes of it): in batches of at most `size` prompts of equal length, the shortest first.
-
-    A batch for which `ask` raises HimapError is asked again one by one, and the error is the result of the one question
-    it belongs to. num_image_tokens: see `Llava.encode`.
-    """
-    by_length = defaultdict(list)
-    for example in examples:
-        try:
-            length = len(model.encode(example.question, num_image_tokens).ids)
-        except HimapError:
-            length = 0  # fails again when it is asked
-        by_length[length].append(example)
-    for _, group in sorted(by_length.items()):
-        for start in range(0, len(group), size):
-            yield from _ask(group[start : start + size], ask)
-
-
-def _ask(examples: list[Example], ask: Callable[[list[Example]], list]) -> Iterator[tuple[Example, object]]:
-    try:
-        yield from zip(examples, ask(examples), strict=True)
-    except HimapError as error:
-        if len(examples) == 1:
-            yield examples[0], error
-        else:
-            for example in examples:
-                yield from _ask([example], ask)
+    folder = str(args.image_folder.resolve())
+    return examples, {"questions": sha256(data).hexdigest(), "hint": args.hint, "image_folder": folder}
 
 
 # --- Scenes ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ next start; results of other settings, and a file that another run is writing, a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from hashlib import sha256
 from pathlib import Path
 
@@ -48,17 +50,25 @@ class Records:
         return id in self.rows
 
     def add(self, id: str, row: dict) -> None:
-        """Records a result at once; raises HimapError if the disk is full (what was recorded before stays)."""
-        if id in self.rows:
+        """Records a result at once; raises HimapError if the disk is full (what was recorded before stays).
+
+        A row with an "error" may be followed by another try's: the last one counts.
+        """
+        if self.rows.get(id) == row:
+            return
+        if "error" not in self.rows.get(id, {"error": ""}):
             raise HimapError(f"{self.path}: {id!r} is there already")
         self._write(_line({"id": id, **row}))
         self.rows[id] = row
 
     def _lock(self) -> None:
+        if fcntl is None:
+            return
         try:
-            if fcntl:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when this process ends
-        except OSError:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when this process ends
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return  # a file system without locks
             raise HimapError(f"{self.path}: another run is writing it: wait, or choose another --out") from None
 
     def _read(self, settings: dict) -> None:
@@ -103,6 +113,14 @@ class Records:
 
 def _line(row: dict) -> bytes:
     return json.dumps(row).encode() + b"\n"
+
+
+def results_path(out: Path, name: str, settings: dict) -> Path:
+    """`out` if it is a file's name (with a suffix), else a file in that folder, of its own for these settings."""
+    if out.suffix:
+        return out
+    stem = re.sub(r"[^\w.]+", "-", name)[:60].strip("-.")
+    return out / f"{stem}-{sha256(_line(settings)).hexdigest()[:8]}.jsonl"
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,0 +1,70 @@
+"""Asking a model many questions: in batches, under a progress bar, each result recorded at once."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import HimapError
+from ..model import Llava
+from .questions import Example
+from .records import Records
+
+Ask = Callable[[list[Example], list[Image.Image]], list]  # equally long questions, their pictures -> a result each
+
+
+def ask_each(
+    model: Llava, examples: Sequence[Example], size: int, ask: Ask, num_image_tokens: int | None = None
+) -> Iterator[tuple[Example, object]]:
+    """(example, what `ask` makes of it): in batches of at most `size` prompts of equal length, the shortest first.
+
+    A question whose picture cannot be read comes with its HimapError. A batch for which `ask` raises one is asked again
+    one by one, so that the error stands beside the question it belongs to. num_image_tokens: see `Llava.encode`.
+    """
+    by_length = defaultdict(list)
+    for example in examples:
+        try:
+            length = len(model.encode(example.question, num_image_tokens).ids)
+        except HimapError:
+            length = 0  # fails again when it is asked
+        by_length[length].append(example)
+    for _, group in sorted(by_length.items()):
+        for start in range(0, len(group), size):
+            readable = []
+            for example in group[start : start + size]:
+                try:
+                    readable.append((example, example.picture()))
+                except HimapError as error:
+                    yield example, error
+            yield from _ask(readable, ask)
+
+
+def _ask(pairs: list[tuple[Example, Image.Image]], ask: Ask) -> Iterator[tuple[Example, object]]:
+    examples, pictures = [example for example, _ in pairs], [picture for _, picture in pairs]
+    try:
+        yield from zip(examples, ask(examples, pictures) if pairs else [], strict=True)
+    except HimapError as error:
+        if len(pairs) == 1:
+            yield examples[0], error
+        else:
+            for pair in pairs:
+                yield from _ask([pair], ask)
+
+
+def record_each(
+    model: Llava, examples: Sequence[Example], records: Records, size: int, ask: Ask, title: str,
+    num_image_tokens: int | None = None,
+) -> None:  # fmt: skip
+    """Asks what `records` does not hold yet, or holds an error for. `ask` returns rows; errors become rows too."""
+    todo = [example for example in examples if "error" in records.rows.get(example.id, {"error": "not asked yet"})]
+    with tqdm(total=len(examples), initial=len(examples) - len(todo), desc=title, unit="question") as progress:
+        for example, row in ask_each(model, todo, size, ask, num_image_tokens):
+            if isinstance(row, HimapError):
+                progress.write(f"{example.id}: {row}", file=sys.stderr)
+                row = {"error": str(row)}
+            records.add(example.id, row)
+            progress.update()
