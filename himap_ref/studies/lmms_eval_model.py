@@ -117,9 +117,12 @@ class HimapRef(lmms):
         start, tokens, flops, vanilla = time.perf_counter(), 0, Counter(), Counter()
         with tqdm(total=len(requests), unit="question", disable=self.rank != 0) as progress:
             for places, pictures, questions, sampling in self._batches(requests):
-                answers = self.model.generate(
-                    pictures, questions, self.method.stages, reducer=self.method.reducer, **sampling._asdict()
-                )
+                try:
+                    answers = self.model.generate(
+                        pictures, questions, self.method.stages, reducer=self.method.reducer, **sampling._asdict()
+                    )
+                except HimapError as error:
+                    raise HimapError(f"{_name(requests[places[0]])}: {error}") from None
                 for place, answer in zip(places, answers, strict=True):
                     _, options, _, _, task, _ = requests[place].args
                     counts = TokenCounts(len(answer.prompt_ids), len(answer.token_ids))
