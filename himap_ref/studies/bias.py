@@ -99,7 +99,8 @@ def draw(lines: list[dict], grid: int, path: Path) -> None:
         for axis, line in zip(maps, lines, strict=True):
             often = torch.tensor(line["stages"][1]["often"][-grid * grid :]).view(grid, grid)  # without a class token
             axis.imshow(often, vmin=0, vmax=highest, cmap="viridis")
-            axis.set(title=f"{line['label']}\nat most {often.max():.0%} of the time", xticks=[], yticks=[])
+            axis.set(xlabel=f"{line['label']}: kept at most {often.max():.0%} of the time", xticks=[], yticks=[])
+            axis.xaxis.label.set_size(8)
 
 
 def main() -> None:
