@@ -57,15 +57,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---------------------------------------------------------------- one layer
 
 
+class Linear(nn.Linear):
+    """A single row goes through `torch.mv`, which on a CPU reads half-precision weights twice as fast as `F.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > self.in_features or self.bias is not None:
+            return super().forward(x)
+        return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         d, self.head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(d, width, bias=bias)
-        self.k_proj = nn.Linear(d, kv_width, bias=bias)
-        self.v_proj = nn.Linear(d, kv_width, bias=bias)
-        self.o_proj = nn.Linear(width, d, bias=bias)
+        self.q_proj = Linear(d, width, bias=bias)
+        self.k_proj = Linear(d, kv_width, bias=bias)
+        self.v_proj = Linear(d, kv_width, bias=bias)
+        self.o_proj = Linear(width, d, bias=bias)
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, n, h * c) -> (B, h, n, c)
@@ -95,9 +104,9 @@ class MLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         d, m, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(d, m, bias=bias)
-        self.up_proj = nn.Linear(d, m, bias=bias)
-        self.down_proj = nn.Linear(m, d, bias=bias)
+        self.gate_proj = Linear(d, m, bias=bias)
+        self.up_proj = Linear(d, m, bias=bias)
+        self.down_proj = Linear(m, d, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -180,16 +189,18 @@ class LlamaDecoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        vocabulary = torch.randn(config.vocab_size, config.hidden_size)  # by hand: see the encoder's Embeddings
+        vocabulary = torch.zeros(config.vocab_size, config.hidden_size)  # by hand: see the encoder's Embeddings
         self.embed_tokens = nn.Embedding.from_pretrained(vocabulary, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) after the final norm -> (..., vocab)."""
-        return F.linear(hidden, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight)
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)
 
     def forward(
         self,

@@ -40,7 +40,7 @@ class Embeddings(nn.Module):
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
         # Filled by hand: nn.Embedding's own init on the meta device would import torch's compiler, which takes seconds.
-        positions = torch.randn(config.num_patches + 1, config.hidden_size)
+        positions = torch.zeros(config.num_patches + 1, config.hidden_size)
         self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
