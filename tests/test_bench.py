@@ -1,0 +1,417 @@
+"""The benchmark: its exact figures, what it does with samples, and the random checkpoints that it writes. No timing."""
+
+import json
+import sys
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_flops import counted
+
+from himap_ref import HIMAP, LLAVA_1_5_7B, HimapError, Llava, LlavaConfig
+from himap_ref.flops import pass_flops, vanilla_prefill
+from himap_ref.studies import bench, timing
+from himap_ref.studies.bench import Setting, compared, figures, our_answer, our_vision, paper_order, readers
+from himap_ref.studies.literature import three_matrix_layer
+from himap_ref.studies.plan import plan_prefill
+from himap_ref.studies.random_weights import random_model, write
+from himap_ref.studies.reducers import ClsAttention
+from himap_ref.studies.timing import Contestant, Sample, Stopwatch, replay, take_turns, typical
+
+CPU = torch.device("cpu")
+TWO = "1:0.5:text_to_image,3:0.25:image_to_image"
+METHODS = ("none", TWO, f"{TWO}+prefix", f"{TWO}+reprune", f"{TWO}+prefix+reprune", "2:0:none", "cls:5", "pool:2")
+
+
+def ignore(part):
+    """A mark that marks nothing."""
+
+
+@pytest.fixture
+def setting(tiny_llava):
+    """Two pictures, prompts of 35 + 16 + 7 tokens, three new ones."""
+    model = tiny_llava(text={"num_key_value_heads": 2})
+    return Setting(model, torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0)), text=7, new=3)
+
+
+# ---------------------------------------------------------------- figures without a clock
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", METHODS)
+def test_flops(setting, name):
+    """Speeds worked out from FLOPs of another run, of one prompt of the batch, or of other steps."""
+    contestant = our_answer(setting, name)
+    flops, out = counted(contestant.play, ignore)
+    assert flops == contestant.flops["answer"] == contestant.flops["prefill"] + contestant.flops["decode"]
+    assert len(out.token_ids) == 2 and all(len(ids) == 3 for ids in out.token_ids)
+    prefill = out.traces[0].layers
+    assert contestant.flops["prefill"] == 2 * pass_flops(setting.model.config.text_config, prefill)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in METHODS if "reprune" not in name])
+def test_bare_products(setting, name):
+    """Bare products of other shapes than those executed, or one forgotten: their speed would be another run's."""
+    contestant = our_answer(setting, name)
+    parts = contestant.bare.play.args[0]
+    for part in ("prefill", "decode"):
+        assert counted(replay, {part: parts[part]}, CPU, ignore)[0] == contestant.flops[part]
+    own = {weight.data_ptr() for weight in setting.model.language_model.parameters()}
+    used = [arg for _, args, _ in parts["prefill"] for arg in args if isinstance(arg, torch.Tensor) and not arg.is_meta]
+    assert len(used) == 7 * 5 + 1 and {weight.data_ptr() for weight in used} <= own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["none", "cls:5", "pool:2"])
+def test_vision(setting, name):
+    """The encoder's time set beside the FLOPs of another way to make image tokens."""
+    contestant = our_vision(setting, name)
+    assert contestant.flops == {"vision": counted(contestant.play, ignore)[0]} == {
+        "vision": counted(contestant.bare.play, ignore)[0]
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def test_kv_bytes_and_tokens(setting):
+    """A cache shown as one prompt's, as bf16 though it is fp32, or as unpruned."""
+    contestant = our_answer(setting, TWO)
+    x, span = setting.prompt()
+    assert (x.shape[1], span) == (58, (35, 51))
+    out = setting.model.language_model(x, span, bench.parse_method(TWO, setting.model).stages)
+    held = sum(tensor.nbytes for layer in out.cache for tensor in (layer.k, layer.v))
+    assert contestant.facts["prefill"]["kv_bytes"] == held
+    assert contestant.facts["prefill"]["tokens"] == "16 > 8 > 2"
+
+
+@torch.no_grad()
+def test_prompt(setting):
+    """A word that is the image token; other words for each contestant."""
+    setting.model.config = replace(setting.model.config, image_token_index=3)
+    setting.text = 400
+    (x, span), (y, _) = setting.prompt(), setting.prompt(ClsAttention(5))
+    assert (x.shape, span) == ((2, 451, 32), (35, 51))
+    assert torch.equal(x[:, :35], y[:, :35]) and torch.equal(x[:, 51:], y[:, 40:])
+
+
+@pytest.mark.parametrize("prefix", [0, 35])
+def test_paper_order(prefix):
+    """What early drop and the last layer's cut save, measured against anything but the whole of every layer."""
+    config = LLAVA_1_5_7B.text_config
+    plan = plan_prefill(config, (35, 611), 671, HIMAP, prefix=prefix)
+    layers = [671] * 2 + [383] * 6 + [167] * 24
+    whole = sum(2 * three_matrix_layer(n, 4096, 11008) for n in layers) + 2 * 4096 * 32064
+    assert pass_flops(config, paper_order(plan)) == whole > pass_flops(config, plan)
+
+
+def test_readers(setting):
+    """A floor for decoding that leaves out weights, or reads the embeddings, of which a token needs one row."""
+    decoder = setting.model.language_model
+    needed = {name for name, weight in decoder.named_parameters() if weight.ndim == 2} - {"embed_tokens.weight"}
+    for reader in readers(setting):
+        weights = reader.play.func.__closure__[0].cell_contents
+        assert {weight.data_ptr() for weight in weights} == {
+            weight.data_ptr() for name, weight in decoder.named_parameters() if name in needed
+        }  # fmt: skip
+        reader.play(ignore)
+
+
+# ---------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize(
+    "shares, threads, left_out, seconds",
+    [
+        ([2.0, 1.9, 1.86, 1.84, 0.5], 2, 2, 2.0),  # two were disturbed
+        ([2.0, 1.9, 1.0, 1.0, 1.0], 2, 0, 3.0),  # only two were not: all are used
+        ([1.0, 1.0, 1.0, 0.9, 0.1], 1, 2, 2.0),
+        ([0.1] * 5, None, 0, 3.0),  # a GPU works, the CPU waits
+    ],
+)
+def test_disturbed_samples(shares, threads, left_out, seconds):
+    """Samples that another process slowed down, counted; or all thrown away, and no figure left."""
+    samples = [Sample(wall, wall * share) for wall, share in enumerate(shares, 1)]
+    figure = typical(samples, threads)
+    assert (figure["left_out"], figure["seconds"]) == (left_out, seconds)
+    assert typical(samples, threads, times=4)["seconds"] == seconds / 4
+    assert figure["spread"] == pytest.approx((4 - left_out) / 2 / seconds)
+
+
+def test_turns(monkeypatch):
+    """Contestants one after the other, so that the machine's mood decides; the warm-up, or pieces of a part, lost."""
+    played, ticks = [], count()
+    monkeypatch.setattr(timing, "clock", lambda device: next(ticks))
+
+    def contestant(name):
+        def play(mark):
+            played.append(name)
+            mark("a"), mark("b"), mark("a")
+
+        return Contestant(name, play, sums={"both": ("a", "b")})
+
+    two = [contestant("x"), contestant("y")]
+    take_turns(two, 3, CPU)
+    assert played == ["x", "y"] * 4
+    for c in two:
+        walls = {part: [sample.wall for sample in samples] for part, samples in c.samples.items()}
+        assert walls == {"a": [2] * 3, "b": [1] * 3, "both": [3] * 3}
+        assert c.peak_bytes > 2**20
+
+
+@torch.no_grad()
+def test_the_parts_of_an_answer(setting):
+    """Decode time in the prefill's figure: the first token is where one ends and the other begins."""
+    marks, contestant = [], our_answer(setting, TWO)
+    contestant.play(marks.append)
+    assert marks == ["prefill", "decode", "decode"]
+    watch = Stopwatch(CPU)
+    setting.new = 1
+    our_answer(setting, TWO).play(watch)
+    assert set(watch.parts) == {"prefill"}
+
+
+def test_ratios():
+    """A ratio upside down, of other parts, or of the whole answer where a token's is meant."""
+
+    def contestant(name, prefill, decode, flops, bare=None):
+        samples = {"prefill": [Sample(prefill)] * 3, "decode": [Sample(decode)] * 3}
+        samples["answer"] = [Sample(prefill + decode)] * 3
+        flops = {"prefill": flops, "decode": 20, "answer": flops + 20}
+        return Contestant(name, None, None, flops, times={"decode": 10}, bare=bare, samples=samples)
+
+    rows = figures([
+        contestant("none", 8.0, 30.0, 100),
+        contestant("himap", 4.0, 20.0, 40, bare=contestant("himap", 3.0, 10.0, 40)),
+        contestant("himap+reprune", 4.0, 40.0, 40),
+        contestant("transformers", 10.0, 60.0, 110),
+        Contestant("sum", None, samples={"reading": [Sample(1.0)]}),
+        Contestant("product", None, samples={"reading": [Sample(0.5)]}),
+    ])  # fmt: skip
+    assert [row["part"] for row in rows] == ["prefill"] * 4 + ["decode"] * 4 + ["answer"] * 4 + ["reading"] * 2
+    at = {(row["part"], row["method"]): row for row in rows}
+    prefill, decode, answer = (at[part, "himap"] for part in ("prefill", "decode", "answer"))
+    assert (prefill["by_vanilla"], prefill["flops_by_vanilla"], prefill["time_by_flops"]) == (0.5, 0.4, 1.25)
+    assert (prefill["by_transformers"], prefill["speed"], prefill["of_bare"]) == (0.4, 10.0, 0.75)
+    assert (decode["seconds"], decode["flops"], decode["by_reading"], decode["of_bare"]) == (2.0, 2.0, 4.0, 0.5)
+    assert answer["by_reprune"] == 24 / 44 and "by_reprune" not in prefill and "by_reprune" not in decode
+    assert "by_vanilla" not in at["prefill", "none"] and "by_reading" not in prefill
+    assert compared(rows) == rows
+
+
+# ---------------------------------------------------------------- random weights
+
+
+def small(tiny_llava, **changes):
+    return tiny_llava(text={"vocab_size": 300, "num_key_value_heads": 2}, **changes).config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_random_weights(tiny_llava, dtype):
+    """Weights that slow a product down or break it (denormal, infinite, all alike), or that a part lacks."""
+    model = random_model(small(tiny_llava), dtype)
+    for name, weight in model.named_parameters():
+        assert weight.dtype == dtype and not weight.is_meta and weight.isfinite().all()
+        if weight.ndim > 1:
+            rows = weight.flatten(1).float()
+            assert 0.5 < rows.var() * rows.shape[1] < 2 and len(rows.unique(dim=0)) == len(rows)
+        else:
+            assert (weight == float("norm" in name and name.endswith("weight"))).all()
+
+
+@pytest.fixture
+def written(tiny_llava, tmp_path):
+    """A folder of four shards or more, and the configuration it was written for."""
+    config = small(tiny_llava, vision_feature_layer=-2)
+    write(config, torch.float32, tmp_path / "model", shard=40_000)
+    return tmp_path / "model", config
+
+
+def test_written_folder(written):
+    """A checkpoint with other names, sizes or settings than llava-hf's: its loading would measure something else."""
+    folder, config = written
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) >= 4 and set(index["weight_map"].values()) == set(files)
+    sizes = {}
+    for file in files:
+        with safe_open(folder / file, "pt") as shard:
+            assert sorted(shard.keys()) == sorted(name for name, of in index["weight_map"].items() if of == file)
+            sizes[file] = sum(shard.get_tensor(name).nbytes for name in shard.keys())  # noqa: SIM118
+    assert sum(sizes.values()) == index["metadata"]["total_size"] and max(sizes.values()) <= 40_000
+    for name in (
+        "language_model.model.layers.4.mlp.up_proj.weight", "language_model.lm_head.weight",
+        "vision_tower.vision_model.encoder.layers.3.mlp.fc1.bias", "vision_tower.vision_model.pre_layrnorm.weight",
+        "vision_tower.vision_model.post_layernorm.weight", "multi_modal_projector.linear_2.bias",
+    ):  # fmt: skip
+        assert name in index["weight_map"]
+    assert LlavaConfig.from_dict(json.loads((folder / "config.json").read_text())) == config
+    with pytest.raises(HimapError, match="holds weights already"):
+        write(config, torch.float32, folder)
+
+
+def test_written_folder_answers(written, scene_picture):
+    """A folder that run.py cannot ask: no tokenizer for its ids, another picture size, weights that give NaN."""
+    folder, config = written
+    model = Llava.from_pretrained(folder)
+    answer = model.generate(scene_picture, "Is it <image> or é?", max_new_tokens=3)
+    start, stop = answer.image_span
+    assert answer.prompt_ids[start:stop] == [96] * 16 and answer.prompt_ids[0] == 1 and start > 35
+    assert answer.first_logits.isfinite().all() and 0.3 < answer.first_logits.std() < 3
+    assert model.tokenizer.decode(answer.prompt_ids[stop:]) == "\nIs it <image> or é? ASSISTANT:"
+
+
+@torch.no_grad()
+def test_written_folder_in_transformers(written):
+    """A random checkpoint that means one model here and another in transformers, so that no comparison is one."""
+    transformers = pytest.importorskip("transformers")
+    folder, config = written
+    theirs, info = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    ours, pixels = Llava.from_pretrained(folder), torch.randn(1, 3, 20, 20)
+    ids = torch.tensor([[1, *range(3, 9), *[96] * 16, *range(100, 120)]])
+    expected = theirs(input_ids=ids, pixel_values=pixels).logits[:, -1]
+    torch.testing.assert_close(ours(ids, pixels).logits, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_peer(tiny_llava, tied):
+    """transformers on other weights, in doubled memory, with other buffers, or counted with FLOPs it does not do."""
+    pytest.importorskip("transformers")
+    model = random_model(replace(small(tiny_llava), text_config=replace(
+        small(tiny_llava).text_config, tie_word_embeddings=tied, rope_theta=500.0)), torch.float32)  # fmt: skip
+    setting = Setting(model, torch.randn(2, 3, 20, 20), text=7, new=3)
+    peer = bench.transformers_peer(model)
+    assert peer.config._attn_implementation == peer.config.text_config._attn_implementation == "sdpa"
+    own = {weight.data_ptr() for weight in model.parameters()}
+    spare = [name for name, weight in peer.named_parameters() if weight.data_ptr() not in own]
+    assert all("layers.3." in name or "post_layernorm" in name for name in spare) and not any(
+        weight.is_meta for weight in peer.state_dict().values()
+    )
+    x, span = setting.prompt()
+    features = torch.stack(tuple(peer.get_image_features(pixel_values=setting.pixels).pooler_output))
+    torch.testing.assert_close(features, x[:, slice(*span)], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        peer(inputs_embeds=x, logits_to_keep=1).logits[:, -1], model.language_model(x).logits, rtol=0, atol=1e-4
+    )
+    vision, answer = bench.transformers_contestants(setting)
+    assert counted(vision.play, ignore)[0] == vision.flops["vision"]
+    assert counted(answer.play, ignore)[0] == answer.flops["answer"]
+    marks = []
+    vision.play(marks.append), answer.play(marks.append)
+    assert marks == ["vision", "prefill", "decode", "decode"]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Arguments -> (printed text, what --json wrote)."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["bench", *map(str, args), "--json", str(tmp_path / "figures.json")])
+        bench.main()
+        path = tmp_path / "figures.json"
+        return capsys.readouterr().out, json.loads(path.read_text()) if path.exists() else None
+
+    return call
+
+
+def test_command(run):
+    """The command as it stands in the docstring fails, or leaves a figure out."""
+    printed, data = run("--rounds", 1, "--new-tokens", 2, "--batch", 2)
+    at = {(row["part"], row["method"]): row for row in data["rows"]}
+    for name in bench.METHODS:
+        row = at["prefill", name]
+        assert row["seconds"] > 0 and row["flops"] > 0 and row["kv_bytes"] > 0 and row["peak_bytes"] > 2**20
+        assert at["decode", name]["by_reading"] > 0 and f"| {name} |" in printed
+    assert at["load", "from_pretrained"]["seconds"] > 0 and at["vision", "none"]["of_bare"] > 0
+    assert at["prefill", "himap"]["flops_by_paper"] < at["prefill", "none"]["flops_by_paper"] < 1
+    assert data["setting"]["prompt"] == "35 + 81 + 60" and "35 + 81 + 60" in printed
+    assert len(at["prefill", "himap"]["samples"]) == 1
+
+
+def test_write_and_measure(run, tiny_llava, monkeypatch, tmp_path):
+    """--write, and --shape with what it wrote; fewer layers than the folder has."""
+    monkeypatch.setitem(bench.SHAPES, "7b", small(tiny_llava))
+    folder = tmp_path / "written"
+    run("--shape", "7b", "--write", folder, "--layers", 4)
+    _, data = run("--shape", folder, "--layers", 2, "--methods", "none", "1:4:text_to_image", "--rounds", 1)
+    assert {row["part"] for row in data["rows"]} == {"load", "vision", "prefill", "decode", "answer", "reading"}
+    assert (data["setting"]["layers"], data["setting"]["dtype"]) == (2, "bfloat16")
+    [flops] = [row["flops"] for row in data["rows"] if (row["part"], row["method"]) == ("prefill", "none")]
+    text = replace(small(tiny_llava).text_config, num_hidden_layers=2)
+    assert flops == pass_flops(text, vanilla_prefill(text, 35 + 16 + 60))
+    _, data = run("--shape", "7b", "--methods", "cls:4", "cls:4+prefix", "--rounds", 1, "--new-tokens", 1)
+    assert {(row["part"], row["method"]) for row in data["rows"]} == {
+        ("vision", "none"), ("vision", "cls:4"), ("prefill", "cls:4"), ("prefill", "cls:4+prefix"),
+        ("reading", "sum of the bits as int64"), ("reading", "product with one row"),
+    }  # fmt: skip
+
+
+def test_start(run, monkeypatch, tmp_path):
+    """The first token's time taken at the end; a process that failed, timed as if it had answered."""
+    script, seen = tmp_path / "answer.py", tmp_path / "seen"
+    script.write_text(
+        "import os, sys, time; print('yes', flush=True); end = time.time() + 20\n"
+        f"while not os.path.exists({str(seen)!r}): time.sleep(0.01) if time.time() < end else sys.exit('not seen')"
+    )
+    monkeypatch.setattr(bench, "RUN", script)
+    marks = []
+    bench.starting()[1].play(lambda part: (seen.touch(), marks.append(part)))
+    assert marks == ["first token", "rest"]
+    script.write_text("raise SystemExit('no weights')")
+    with pytest.raises(HimapError, match="no weights"):
+        bench.starting()[1].play(ignore)
+
+
+def test_start_command(run, monkeypatch):
+    """Ratios to something else than the whole of `import torch`."""
+    parts = {"import torch": ["rest"], "run.py": ["first token", "rest"]}
+    contestants = bench.starting()
+    for contestant in contestants:
+        contestant.play = lambda mark, own=tuple(parts[contestant.name]): [mark(part) for part in own]
+    monkeypatch.setattr(bench, "starting", lambda: contestants)
+    printed, data = run("--start", "--rounds", 2)
+    rest, first, end = (row["seconds"] for row in data["rows"])
+    assert [row["method"] for row in data["rows"]] == ["import torch", "run.py", "run.py"] and "start to end" in printed
+    assert [row.get("by_import") for row in data["rows"]] == [None, first / rest, end / rest]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--methods", "none+cache"], "only .prefix and .reprune"),
+        (["--layers", "13"], "--layers 13: the decoder has 12"),
+        (["--shape", "7b", "--layers", "0"], "--layers 0"),
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--new-tokens", "0"], "--new-tokens 0"),
+        (["--write", "x"], "--shape must be 7b or 13b"),
+        (["--methods", "vwt"], "'vwt' is unknown"),
+        (["--text-tokens", "390", "--new-tokens", "8", "--rounds", "1"], "506 tokens and 8 new ones do not fit"),
+        (["--shape", "7b", "--layers", "1", "--write", "/dev/null/x"], "cannot be written"),
+        (["--shape", "nowhere"], "no such folder"),
+    ],
+)
+def test_bad_input(run, args, message):
+    """A traceback, or a long run, where one line could say what is wrong."""
+    with pytest.raises(HimapError, match=message):
+        run(*args)
+
+
+def test_unwritable_json(monkeypatch, tmp_path):
+    """All figures lost in a traceback because the last step failed."""
+    monkeypatch.setattr(bench, "starting", lambda: [])
+    monkeypatch.setattr(sys, "argv", ["bench", "--start", "--json", str(tmp_path / "no" / "folder.json")])
+    with pytest.raises(HimapError, match="cannot be written"):
+        bench.main()
+
+
+def test_peers_without_transformers(setting, monkeypatch):
+    """An import error for a user who has not installed the extra."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(HimapError, match="himap-ref.parity."):
+        bench.transformers_contestants(setting)
