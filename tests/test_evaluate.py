@@ -162,6 +162,18 @@ def test_an_edited_criterion_is_another(shapes, tmp_path, monkeypatch):
     assert parse_method("himap-paper", shapes).settings()["stages"][0] == [2, 0.5, "text_to_image", None]
 
 
+def test_prefix(tmp_path):
+    """A switch that changes answers, or whose work is counted in every answer or in none."""
+    plain_run, prefix = (run(evaluate, "--scenes", 1, "--out", tmp_path / name, *more) for name, *more in (
+        ["a.jsonl"], ["b.jsonl", "--prefix"]
+    ))  # fmt: skip
+    assert "once for all answers" in prefix.stdout and "once for" not in plain_run.stdout
+    a, b = (plain(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    for id, got in b.items():
+        assert got["answer"] == a[id]["answer"] and got["flops"]["decoder"] < a[id]["flops"]["decoder"]
+        assert got["vanilla_flops"] == a[id]["vanilla_flops"]
+
+
 @pytest.mark.parametrize("option", [("--batch", 0), ("--max-new-tokens", 0), ("--metric", "pope"), ("--method", "x")])
 def test_bad_options(tmp_path, option):
     """A traceback, or hours of asking before the error."""

@@ -124,6 +124,7 @@ class Evaluation:
             "interval": interval([row["correct"] for row in done]) if self.metric.score else None,
             "kept": [mean(counts) for counts in zip(*(row["kept"] for row in done), strict=True)],
             "flops": mean(row["flops"]["total"] for row in done),
+            "prefix_flops": self.settings.get("prefix_flops", 0),
             "ratio": share("total"),
             "decoder_ratio": share("decoder"),
             "image_only_ratio": image_only / vanilla,
@@ -162,6 +163,7 @@ def table(summary: dict) -> str:
         **({"  95 % interval": "{:.4g} - {:.4g}".format(*s["interval"])} if s["interval"] else {}),
         "image tokens": " -> ".join(f"{count:g}" for count in s["kept"]),
         "FLOPs": f"{amount(s['flops'])}FLOPs an answer, {s['ratio']:.1%} of vanilla",
+        **({"  prefix": f"{amount(s['prefix_flops'])}FLOPs more, once for all answers"} if s["prefix_flops"] else {}),
         "  decoder": f"{s['decoder_ratio']:.1%} of vanilla: whole prompt and answer, as executed",
         "  image tokens only": f"{s['image_only_ratio']:.1%} of vanilla: the paper's eq. 10",
         f"seconds, median{batch}": f"vision {seconds['vision']:.4f}, prefill {seconds['prefill']:.4f}, "
@@ -187,9 +189,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, max_new_tokens=64, batch=1)
     parser.add_argument("--method", default="himap", help="a name as in run.py, or stages: LAYER:KEEP:SCORE,...")
+    parser.add_argument("--prefix", action="store_true", help="compute what stands before the picture only once")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="a file, or a folder for one")
     args = parser.parse_args()
     evaluation = Evaluation.from_args(args)
+    if args.prefix:
+        evaluation.settings["prefix_flops"] = evaluation.model.cache_prefix()
     summary, _ = evaluation.run(parse_method(args.method, evaluation.model), args.out)
     print(table(summary))
 
