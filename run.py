@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -53,8 +54,10 @@ def main(args: argparse.Namespace) -> None:
     from himap_ref.prompt import TEMPLATES
     from himap_ref.studies import report
     from himap_ref.studies.methods import Method, parse_method, parse_stages
+    from himap_ref.studies.options import revision_of
+    from himap_ref.weights import find_device, find_folder
 
-    embedded = Path(args.weights).resolve() == EMBEDDED.resolve()
+    embedded = os.path.realpath(args.weights) == os.path.realpath(EMBEDDED)
     if (args.image is None) != (args.prompt is None) or args.image is None and not embedded:
         raise HimapError("--image FILE (or none) and --prompt QUESTION: give both, or neither to see the example")
     image, prompt = EXAMPLE if args.image is None else (args.image, args.prompt)
@@ -64,7 +67,9 @@ def main(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     dtype = getattr(torch, args.dtype or ("float32" if embedded else "bfloat16"))
-    model = Llava.from_pretrained(args.weights, dtype, args.device, args.revision)
+    device = find_device(args.device, dtype)  # before gigabytes are downloaded
+    folder = find_folder(args.weights, args.revision)
+    model = Llava.from_pretrained(folder, dtype, device)
     seconds = {"load": time.perf_counter() - start}
     if args.pad:
         model.image_processor = replace(model.image_processor, do_pad=True)
@@ -89,10 +94,14 @@ def main(args: argparse.Namespace) -> None:
         print(end="" if args.json else "\n", flush=True)
 
     result = report.as_json(model.config, answer, {**seconds, **answer.seconds}, vanilla)
+    result["revision"] = revision_of(folder)
     if args.show and method.reducer:
         print("note: --show draws what the decoder's stages kept, and this method has none", file=sys.stderr)
     if args.show:
-        report.draw_kept(model, image, answer.trace).save(args.show)
+        try:
+            report.draw_kept(model, image, answer.trace).save(args.show)
+        except OSError as error:
+            raise HimapError(f"--show {args.show}: cannot be written ({error.strerror})") from None
     if args.trace:
         print(report.layer_table(result), file=sys.stderr)
     if answer.finish != "eos":
@@ -106,6 +115,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parse_args()
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so, but NumPy is not needed
+    warnings.filterwarnings("ignore", message="Image size")  # Pillow, at half of its limit
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of the answer
     sys.path.append(str(Path.cwd()))  # so that --stages finds module:function in the current folder
 
     from himap_ref.errors import run_command

@@ -7,13 +7,28 @@ from collections.abc import Callable
 class HimapError(ValueError):
     """Bad input: a file, a number, a name."""
 
+    def __init__(self, message: str):  # which may quote a file: no line breaks, terminal codes or pages of it
+        message = message if len(message) <= 1000 else f"{message[:500]} ... {message[-500:]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command-line tool: bad input ends it with one line and status 2, Ctrl-C with 130."""
+    """Runs a command-line tool: bad input, a full disk or memory end it with one line and status 2, Ctrl-C with 130."""
     try:
         main()
-    except HimapError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+        return
     except KeyboardInterrupt:
         sys.exit(130)
+    except (HimapError, OSError) as error:
+        reason = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not any(sign in repr(error) for sign in ("MemoryError", "out of memory", "can't allocate memory")):
+            raise  # a bug of ours
+        reason = "out of memory: fewer questions at a time, --dtype bfloat16 or a smaller model need less"
+    print(f"error: {HimapError(reason)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, a closed pipe: Python would say so once more on its way out
+        sys.stdout = None
+    sys.exit(2)

@@ -30,12 +30,14 @@ class Sampling:
             raise HimapError(f"temperature {self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise HimapError(f"top_p {self.top_p}: must be in (0, 1]")
+        if not 0 <= self.seed < 2**63:
+            raise HimapError(f"seed {self.seed}: must be in [0, 2^63)")
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """(vocab,) logits -> (vocab,) probabilities after temperature and nucleus cut."""
     logits = logits.float() - logits.max()  # so that a tiny temperature gives no inf - inf
-    probs = (logits / sampling.temperature).softmax(dim=-1)
+    probs = (logits / max(sampling.temperature, 1e-30)).softmax(dim=-1)  # fp32 has no smaller ones
     ordered, ids = probs.sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: the one that crosses top_p stays
     if sampling.top_p < 1:  # at 1 rounding must not cut the tail

@@ -23,7 +23,7 @@ from .projector import Projector
 from .prompt import TEMPLATES, Prompt, encode_prompt, find_image_span, read_tokenizer
 from .pruning import Stage, Trace
 from .vision import VisionTower
-from .weights import find_device, find_folder, load_weights, read_eos
+from .weights import find_device, find_folder, load_weights, read_eos, read_settings
 
 Picture = str | Path | Image.Image
 
@@ -86,16 +86,16 @@ class Llava(nn.Module):
         Built on the meta device, strict; on the CPU and in the file's own dtype, tensors stay mapped from the file.
         Raises HimapError that names the file or tensor at fault.
         """
-        device, folder = find_device(device), find_folder(source, revision)
+        device, folder = find_device(device, dtype), find_folder(source, revision)
         config = LlavaConfig.from_dict(read_json(folder / "config.json"))
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, config, folder, dtype, device)
         model.tokenizer = read_tokenizer(folder)
         model.image_processor = ImageProcessor.from_folder(folder, config.vision_config.image_size)
         model.eos_token_ids = read_eos(folder)
-        model.settings = read_json(folder / "himap.json") if (folder / "himap.json").exists() else {}
+        model.settings = read_settings(folder)
         model.template = model.settings.get("template", model.template)
+        load_weights(model, config, folder, dtype, device)  # last, because it takes longest
         return model.eval()
 
     def preprocess(self, image: Picture) -> Tensor:
@@ -105,7 +105,11 @@ class Llava(nn.Module):
     def encode(self, question: str, num_image_tokens: int | None = None) -> Prompt:
         """Question -> ids with the image tokens (default: the model's N; 0: no picture) in place, and their span."""
         N = self.config.num_image_tokens if num_image_tokens is None else num_image_tokens
-        return encode_prompt(self.tokenizer, question, self.template, self.config.image_token_index, N)
+        image_token, vocab_size = self.config.image_token_index, self.config.text_config.vocab_size
+        prompt = encode_prompt(self.tokenizer, question, self.template, image_token, N)
+        if foreign := [id for id in prompt.ids if id >= vocab_size and id != image_token]:
+            raise HimapError(f"the tokenizer gives id {foreign[0]}, the weights know {vocab_size}: not of one model")
+        return prompt
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, N, d) image tokens."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .config import LlavaConfig
-from .errors import HimapError
-from .vision import activation
+from .vision import ACTIVATIONS
 
 
 class Projector(nn.Module):
@@ -17,10 +16,8 @@ class Projector(nn.Module):
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        if config.projector_type not in ("mlp2x_gelu", "linear"):
-            raise HimapError(f"projector type {config.projector_type!r} is not supported: 'mlp2x_gelu' or 'linear'")
         d, bias = config.text_config.hidden_size, config.multimodal_projector_bias
-        self.act = activation(config.projector_hidden_act)
+        self.act = ACTIVATIONS[config.projector_hidden_act]
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, d, bias=bias)
         self.linear_2 = nn.Linear(d, d, bias=bias) if config.projector_type == "mlp2x_gelu" else None
 

@@ -36,8 +36,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()  # a file may carry the settings of somebody's training run
         tokenizer.no_truncation()
+        tokenizer.decode(tokenizer.encode("A <b>?").ids)  # parts that do not fit each other are found only in use
         return tokenizer
-    except Exception as error:  # the library raises bare Exception
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics that are not even that
         raise HimapError(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
 
 
@@ -47,19 +50,20 @@ def encode_prompt(
     """`template` holds `<image>` and `{question}`; with 0 image tokens "<image>" and its line break are left out."""
     if not question.strip():
         raise HimapError("the prompt is empty: ask something")
-    image = tokenizer.id_to_token(image_token)
+    added = tokenizer.get_added_tokens_decoder()
+    image = added[image_token].content if image_token in added else "<image>"
     before, found, after = template.partition("<image>")
     if not found or "<image>" in after or "{question}" not in after:
         raise HimapError("the template must hold <image> once and, after it, {question}")
-    if image is None and num_image_tokens:
-        raise HimapError(f"the tokenizer has no token {image_token} (image_token_index): add <image> to it")
     text = f"{before}{image}{after}" if num_image_tokens else before + after.removeprefix("\n")
     try:
         ids = tokenizer.encode(text.replace("{question}", question)).ids
-    except (UnicodeError, TypeError):
-        raise HimapError("the prompt is not valid Unicode text") from None
+    except Exception as error:
+        raise HimapError(f"the prompt cannot be tokenised: is it valid Unicode? ({error})") from None
+    if num_image_tokens and (image_token not in added or image_token not in ids):
+        raise HimapError(f"the tokenizer has no added token {image_token} (image_token_index): add <image> to it")
     own = ids.index(image_token) if num_image_tokens else -1  # the template's comes before any the user typed
-    typed = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.content in question}
+    typed = {id for id, token in added.items() if token.content in question}
     expanded: list[int] = []
     for place, id in enumerate(ids):
         if place == own:

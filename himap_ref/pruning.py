@@ -194,4 +194,5 @@ class Trace:
         finite = torch.stack([stage.scores.isfinite().all() for stage in self.stages]).tolist() if self.stages else []
         for stage, is_finite in zip(self.stages, finite, strict=True):
             if not is_finite:
-                raise HimapError(f"score {stage.score!r} at layer {stage.layer} gave NaN or infinite values")
+                reason = "a fault of its own, damaged weights, or a dtype too narrow for them"
+                raise HimapError(f"score {stage.score!r} at layer {stage.layer} gave NaN or infinite values: {reason}")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import LlavaConfig, VisionConfig
-from .errors import HimapError
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -21,14 +20,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-
-
-def activation(name: str):
-    """The function that a config names (`hidden_act`, `projector_hidden_act`)."""
-    if name not in ACTIVATIONS:
-        raise HimapError(f"activation {name!r} is not supported: expected one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # hidden_act and projector_hidden_act of a config.json
 
 
 class Embeddings(nn.Module):
@@ -70,7 +62,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.act = activation(config.hidden_act)
+        self.act = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 

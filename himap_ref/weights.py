@@ -6,13 +6,16 @@ know, a missing tensor and a shape that differs are errors that name the tensor.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .config import LlavaConfig, read_json
+from .config import LlavaConfig, read_json, section
 from .errors import HimapError
 
 SHORT_NAMES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
@@ -39,28 +42,30 @@ BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # stored by old ve
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
     """A local folder, or one downloaded from the hub (resumable, with a progress bar)."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
+    if os.path.isdir(source):
+        return Path(source)
     name = SHORT_NAMES.get(str(source), str(source))
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if os.path.exists(source) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         names = ", ".join(SHORT_NAMES)
         raise HimapError(f"weights {str(source)!r}: no such folder, hub id (owner/name) or short name ({names})")
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED_FILES))
-    except (OSError, ValueError) as error:  # what huggingface-hub raises: HTTP errors, no connection, bad ids
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # the hub's own errors, those of the HTTP library of its version, OSError
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise HimapError(f"weights {name!r}: cannot be downloaded ({reason})") from None
 
 
-def find_device(name: str | torch.device) -> torch.device:
-    """The device, or a HimapError if this machine or this build of torch does not have it."""
+def find_device(name: str | torch.device, dtype: torch.dtype = torch.float32) -> torch.device:
+    """The device, or a HimapError if this machine or this build of torch does not have it, or it not the dtype."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise HimapError(f"device {str(name)!r}: not available ({str(error).splitlines()[0]})") from None
+        one = torch.ones(1, 1, device=name, dtype=dtype)
+        (one @ one).softmax(dim=-1).item()
+        return one.device
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        reason = re.split(r"\. |\n", str(error))[0]  # the first sentence of many
+        raise HimapError(f"device {str(name)!r}: not available for {dtype} ({reason})") from None
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -74,11 +79,10 @@ def tensor_files(folder: Path) -> list[Path]:
         for name in names:
             if Path(name).name != name:
                 raise HimapError(f"{index}: shard {name!r} lies outside the folder")
-            if not (folder / name).is_file():
+            if not os.path.isfile(folder / name):
                 raise HimapError(f"{folder}: shard {name} is missing: download it again")
         return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
+    if files := sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
         return files
     if pickles := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
         raise HimapError(
@@ -105,10 +109,8 @@ def is_unused(name: str, config: LlavaConfig) -> bool:
         return True
     if name == "language_model.lm_head.weight" and config.text_config.tie_word_embeddings:
         return True
-    parts = name.split(".")
-    return parts[:2] == ["vision_tower", "layers"] and parts[2].isdigit() and (
-        config.vision_layers_used <= int(parts[2]) < config.vision_config.num_hidden_layers
-    )  # fmt: skip
+    layer = re.match(r"vision_tower\.layers\.([0-9]{1,9})\.", name)
+    return bool(layer) and config.vision_layers_used <= int(layer[1]) < config.vision_config.num_hidden_layers
 
 
 def load_weights(model: nn.Module, config: LlavaConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -127,12 +129,12 @@ def load_weights(model: nn.Module, config: LlavaConfig, folder: Path, dtype: tor
                 raise HimapError(f"{what} is unexpected: config.json describes no such part")
             if name in found:
                 raise HimapError(f"{what} appears twice")
-            tensor, shape = file.get_tensor(theirs), expected[name].shape
-            if tensor.shape != shape:
-                raise HimapError(f"{what} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-            if not tensor.is_floating_point():
-                raise HimapError(f"{what} holds {tensor.dtype}, not floating-point numbers")
-            found[name] = tensor.to(device, dtype)
+            header, shape = file.get_slice(theirs), list(expected[name].shape)
+            if header.get_shape() != shape:
+                raise HimapError(f"{what} has shape {header.get_shape()}, config.json asks for {shape}")
+            if header.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+                raise HimapError(f"{what} holds {header.get_dtype()}, not floating-point numbers of 16 bits or more")
+            found[name] = file.get_tensor(theirs).to(device, dtype)
     if missing := [name for name in expected if name not in found]:
         raise HimapError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all): not a complete LLaVA")
     model.load_state_dict(found, strict=True, assign=True)
@@ -143,7 +145,18 @@ def read_eos(folder: Path) -> tuple[int, ...]:
     """Ids that end an answer: from generation_config.json, else config.json, else LLaMA's 2."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         data = read_json(path) if path.exists() else {}
-        own, texts = data.get("eos_token_id"), (data.get("text_config") or {}).get("eos_token_id")
+        own, texts = data.get("eos_token_id"), (section(data, "text_config") or {}).get("eos_token_id")
         if (eos := texts if own is None else own) is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
+            ids = tuple(eos) if isinstance(eos, list) else (eos,)
+            if any(type(id) is not int for id in ids):
+                raise HimapError(f"{path}: eos_token_id {short(eos)}: expected an id or a list of ids")
+            return ids
     return (2,)
+
+
+def read_settings(folder: Path) -> dict[str, str]:
+    """himap.json, if the folder has one: what our own models say beyond their configuration (see `Llava.settings`)."""
+    settings = read_json(folder / "himap.json") if (folder / "himap.json").exists() else {}
+    if wrong := [name for name, value in settings.items() if not isinstance(value, str)]:
+        raise HimapError(f"{folder / 'himap.json'}: {wrong[0]} is not text")
+    return settings

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -60,7 +62,7 @@ def image_to_image_relative(view: LayerView) -> Tensor:
 def random(view: LayerView, seed: int = 0) -> Tensor:
     """Chance, the baseline to beat. Every picture draws the same numbers, in a batch as alone; the stages differ."""
     N = view.image.stop - view.image.start
-    scores = torch.rand(N, generator=torch.Generator().manual_seed(1000 * seed + N))
+    scores = torch.rand(N, generator=torch.Generator().manual_seed((1000 * seed + N) % 2**63))
     return scores.to(view.q.device).expand(len(view.q), -1)
 
 
@@ -180,10 +182,30 @@ def _find_score(name: str, trusted: bool) -> Score | None:
         return SCORES[name]
     if seeded := re.fullmatch(r"random(\d+)", name):
         return partial(random, seed=int(seeded[1]))
-    module, colon, function = name.partition(":")
-    if not (trusted and colon):
+    if not (trusted and ":" in name):
         raise HimapError(f"score {name!r} is unknown: expected {', '.join(SCORES)} or module:function")
+    return _own_score(name)
+
+
+def _own_score(name: str) -> Score:
+    """module:function, as the user typed it; whatever goes wrong in it is told in one line, with its place."""
+    module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise HimapError(f"score {name!r} cannot be imported ({error})") from None
+        score = getattr(importlib.import_module(module), function)
+    except Exception as error:
+        raise HimapError(f"score {name!r} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(score):
+        return score  # `Stage` says what it is
+
+    @wraps(score)
+    def told(view: LayerView) -> Tensor:
+        try:
+            return score(view)
+        except (HimapError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[:2][-1]  # behind this function: the user's own
+            place = f"{Path(at.filename).name}, line {at.lineno}"
+            raise HimapError(f"score {name!r} failed at {place} ({type(error).__name__}: {error})") from error
+
+    return told

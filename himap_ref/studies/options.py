@@ -10,7 +10,7 @@ import torch
 
 from ..model import Llava
 from ..prompt import TEMPLATES
-from ..weights import find_folder
+from ..weights import find_device, find_folder
 from .records import fingerprint
 
 EMBEDDED = Path(__file__).parents[2] / "weights" / "shapes"
@@ -27,8 +27,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", help="vicuna_v1, llava-hf, shapes, or text with <image> and {question}")
 
 
+def revision_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds (`.../snapshots/COMMIT`); None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
     """The model, and the settings that a results file records of it."""
+    find_device(args.device)  # before gigabytes are downloaded
     folder = find_folder(args.weights, args.revision)
     embedded = folder.resolve() == EMBEDDED.resolve()
     dtype = args.dtype or ("float32" if embedded else "bfloat16")
@@ -38,6 +44,6 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
     if args.template:
         model.template = TEMPLATES.get(args.template, args.template)
     return model, {
-        "weights": fingerprint(folder), "dtype": dtype, "device": torch.device(args.device).type,
-        "template": model.template, "pad": args.pad,
+        "weights": fingerprint(folder), "revision": revision_of(folder), "dtype": dtype,
+        "device": torch.device(args.device).type, "template": model.template, "pad": args.pad,
     }  # fmt: skip

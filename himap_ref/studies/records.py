@@ -30,7 +30,8 @@ class Records:
         settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists then
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            no_links = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | no_links, 0o644)
         except OSError as error:
             raise HimapError(f"{path}: cannot be written ({error.strerror})") from None
         try:

@@ -204,7 +204,8 @@ def test_half_precision(plain, tmp_path):
 
 def test_linear_projector():
     """LLaVA v1's single linear layer would get a GELU or a second layer; transformers has no class for it."""
-    data = {"text_config": {"hidden_size": 12, "num_attention_heads": 2}, "vision_config": {"hidden_size": 10}}
+    heads = {"num_attention_heads": 2}
+    data = {"text_config": {"hidden_size": 12, **heads}, "vision_config": {"hidden_size": 10, **heads}}
     torch.manual_seed(0)
     ours = Projector(LlavaConfig.from_dict(data | {"projector_type": "linear"}))
     reference = torch.nn.Linear(10, 12)
