@@ -652,6 +652,81 @@ def test_limits():
             Llava(config)
 
 
+# ---------------------------------------------------------------- studies
+
+
+@pytest.fixture
+def study(monkeypatch, capsys, whole):
+    """Arguments of the evaluation -> (exit status, standard output, standard error)."""
+
+    def call(*args):
+        usual = "evaluate", "--weights", whole, "--max-new-tokens", 1
+        monkeypatch.setattr(sys, "argv", [*map(str, (*usual, *args))])
+        status = 0
+        try:
+            run_command(evaluate.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+ENTRY = {"id": 1, "image": "b.png", "text": "Why?", "label": "x"}
+LIST = "{file}: expected a JSON list, or one JSON object a line"
+OUT = "leads out of the image folder: choose a folder that it is in"
+NO_PATH = "is not a path: correct it, or remove the entry"
+QUESTIONS = {  # what is wrong: (the file's contents, or its entries, line)
+    "empty": ("", "{file}: holds no questions"),
+    "no entries": ([], "{file}: holds no questions"),
+    "cut": ("[1", LIST + " (...)"),
+    "binary": ("\xff", LIST + " (...)"),
+    "too deep": ("[" * 100_000, LIST + " (...recursion...)"),
+    "no question": ([ENTRY | {"text": " "}], "{file}: entry 1: no question: expected text, found blank text: ..."),
+    "id twice": ([ENTRY, ENTRY], "{file}: entry 2: id '1' was there before: give every entry its own"),
+    "picture ../": ([ENTRY | {"image": "../b.png"}], "{file}: entry 1: image '../b.png' " + OUT),
+    "picture absolute": ([ENTRY | {"image": "/b.png"}], "{file}: entry 1: image '/b.png' " + OUT),
+    "picture through a link": ([ENTRY | {"image": "link"}], "{file}: entry 1: image 'link' " + OUT),
+    "picture with a NUL": ([ENTRY | {"image": "a\0"}], "{file}: entry 1: image 'a\\x00' " + NO_PATH),
+    "no such picture": ([ENTRY | {"image": "a.png"}], "no question could be asked; the first: {folder}/a.png: ..."),
+    "half a letter": ([ENTRY | {"text": "a\ud800?"}], "no question could be asked; the first: " + UNICODE),
+}
+
+
+@pytest.mark.parametrize("data, message", QUESTIONS.values(), ids=QUESTIONS)
+def test_question_file(study, tmp_path, data, message):
+    folder, file = tmp_path / "pictures", tmp_path / "questions.json"
+    folder.mkdir()
+    noise(40, 30).save(folder / "b.png")
+    (folder / "link").symlink_to("/etc/hostname")
+    file.write_bytes((data if isinstance(data, str) else json.dumps(data)).encode("latin-1"))
+    status, out, err = study("--questions", file, "--image-folder", folder, "--out", tmp_path / "a.jsonl")
+    expected = re.escape(f"error: {message.format(file=file, folder=folder)}").replace(re.escape("..."), ".*")
+    assert re.fullmatch(expected, err.splitlines()[-1]), err  # before it the bar of the questions that were tried
+    assert (status, out) == (2, "") and "Traceback" not in err
+
+
+def test_disk_full_for_the_results(study, tmp_path, monkeypatch):
+    """Half a line that the next start takes for a result, or what was there before lost."""
+    out, write, lines = tmp_path / "a.jsonl", os.write, []
+
+    def full(fd, data):
+        lines.append(bytes(data))
+        if len(lines) < 4:
+            return write(fd, data)
+        write(fd, data[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    status, _, err = study("--scenes", 1, "--out", out)
+    message = f"error: {out}: cannot be written (No space left on device); run again to go on"
+    assert (status, err.splitlines()[-1]) == (2, message)
+    monkeypatch.setattr(os, "write", write)
+    assert out.read_bytes().startswith(b"".join(lines[:3]))
+    assert study("--scenes", 1, "--out", out)[0] == 0
+    assert len(out.read_text().splitlines()) == len({json.loads(line).get("id") for line in out.open()}) > 4
+
+
 # ---------------------------------------------------------------- the hub
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

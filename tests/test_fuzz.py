@@ -133,7 +133,7 @@ def swallow():
 ])  # fmt: skip
 def test_faults_are_noticed(workspace, monkeypatch, fault, outcome):
     """A fuzzer that finds nothing because it looks away."""
-    monkeypatch.setattr(fuzz.limits.__wrapped__, "__defaults__", (2, 200 * 2**20))
+    monkeypatch.setattr(fuzz.limits.__wrapped__, "__defaults__", (1, 200 * 2**20))
     monkeypatch.setattr(Workspace, "_use", lambda *_: fault())
     assert attempt(workspace, "questions.json", b"").startswith(outcome)
 
