@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Linear(nn.Linear):
     """A single row goes through `torch.mv`, which on a CPU reads half-precision weights twice as fast as `F.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > self.in_features or self.bias is not None:
+        if x.numel() != self.in_features or self.bias is not None:
             return super().forward(x)
         return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
 
@@ -151,11 +152,10 @@ class LayerCache:
 class Prefix:
     """The tokens that begin every prompt, computed once: attention is causal, so no picture or question changes them.
 
-    Per layer, for p tokens: what entered it (1, p, d), queries (1, h, p, c), keys and values (1, g, p, c).
+    Per layer, for p tokens: what entered it (1, p, d), keys and values (1, g, p, c).
     """
 
-    x: list[Tensor]
-    q: list[Tensor]  # only a score function asks for them; none of the last layer, which is never ranked
+    x: list[Tensor]  # only a score function asks for it
     k: list[Tensor]
     v: list[Tensor]
     trace: list[LayerTrace]  # what computing it took
@@ -234,26 +234,27 @@ class LlamaDecoder(nn.Module):
             if prefix:
                 k, v = in_front(prefix.k[i], k, dim=2), in_front(prefix.v[i], v, dim=2)
             cache[i].append(k, v)  # of every token that entered: (B, g, n, c)
-            entered, kv_rows, score_rows = positions, x.shape[1], 0
+            entered, kv_rows = positions, x.shape[1]
             if i == len(self.layers) - 1 and not all_rows:  # the last layer: only the last row's logits are asked for
                 x, h = x[:, -1:], h[:, -1:]
                 cos_sin = rope(positions[:, -1:], self.config, x.dtype)
-            q, q_rows = layer.self_attn.queries(h, *cos_sin), h.shape[1]  # (B, h, n - p, c)
 
             if stage := stage_at.get(i + 1):  # HiMAP: stage 1 on entry to layer K1, stage 2 on entry to K2
-                whole = (in_front(prefix.q[i], q, dim=2), in_front(prefix.x[i], x, dim=1)) if prefix else (q, x)
-                view = LayerView(whole[0], k, v, positions, whole[1], image)
+                hidden = in_front(prefix.x[i], x, dim=1) if prefix else x  # (B, n, d)
+                view = LayerView(partial(self.queries_at, layer, hidden, positions), k, v, positions, hidden, image)
                 scores = stage.evaluate(view)  # (B, N): phi of each image token, from this layer's attention
                 places = keep_highest(scores, stage.count(candidates.shape[1]))  # (B, N') among the candidates
                 kept = candidates.gather(1, places)  # the same as indices of the whole picture
                 trace.stages.append(StageTrace(stage.layer, stage.name, candidates, scores, kept))
                 left = rows_of(places, image, positions.shape[1])  # (B, n'): system, kept image tokens, text
-                kept_rows = left[:, p:] - p
-                x = x.take_along_dim(kept_rows[..., None], dim=1)  # early drop: the others go no further,
-                q = q.take_along_dim(kept_rows[:, None, :, None], dim=2)  # their k and v stay in this layer's cache
+                x = hidden.take_along_dim(left[:, p:, None], dim=1)  # early drop: the others go no further,
+                q = view.queries_left(places, p)  # their k and v stay in this layer's cache
                 positions = positions.gather(1, left)
                 cos_sin = rope(positions[:, p:], self.config, x.dtype)
-                candidates, image, score_rows = kept, slice(image.start, image.start + kept.shape[1]), view.score_rows
+                candidates, image = kept, slice(image.start, image.start + kept.shape[1])
+                q_rows, score_rows = view.q_rows, view.score_rows
+            else:
+                q, q_rows, score_rows = layer.self_attn.queries(h, *cos_sin), h.shape[1], 0  # (B, h, n - p, c)
 
             rows, keys = x.shape[1], k.shape[2]
             mask = None if rows in (1, keys) else causal_mask(positions[:, -rows:], entered)  # SDPA cannot tell which
@@ -265,11 +266,16 @@ class LlamaDecoder(nn.Module):
         hidden = self.norm(x)
         return DecoderOutput(self.logits(hidden[:, -1]), hidden, trace, cache)
 
+    def queries_at(self, layer: DecoderLayer, x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """(B, n, d) that entered `layer`, at (B, n) positions -> the queries of (B, r) rows of them, (B, h, r, c)."""
+        h = layer.input_layernorm(x.take_along_dim(rows[..., None], dim=1))
+        return layer.self_attn.queries(h, *rope(positions.gather(1, rows), self.config, x.dtype))
+
     def compute_prefix(self, inputs_embeds: Tensor) -> Prefix:
         """(1, p, d): the tokens that begin every prompt -> what `forward` needs of them."""
         x, p, trace = inputs_embeds, inputs_embeds.shape[1], []
         cos_sin = rope(torch.arange(p, device=x.device)[None], self.config, x.dtype)
-        prefix = Prefix([], [], [], [], trace)
+        prefix = Prefix([], [], [], trace)
         for layer in self.layers:
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.keys_values(h, *cos_sin)
@@ -277,8 +283,7 @@ class LlamaDecoder(nn.Module):
             if len(prefix.k) == len(self.layers):  # nothing comes after the last layer's keys and values
                 trace.append(LayerTrace(kv=p, q=0, score_rows=0, rows=0, keys=p))
                 break
-            prefix.q.append(layer.self_attn.queries(h, *cos_sin))
-            x = x + layer.self_attn.attend(prefix.q[-1], k, v)
+            x = x + layer.self_attn.attend(layer.self_attn.queries(h, *cos_sin), k, v)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             trace.append(LayerTrace(kv=p, q=p, score_rows=0, rows=p, keys=p))
         return prefix

@@ -10,7 +10,7 @@ Kept tokens stay in order and keep their original positions. With BOS, six image
     positions           0   1   2   3   4   5   6   7   8
     stage 1 keeps 3 of 6, scores rank v1, v4, v5 highest:
     kept (of image)                 1   4   5
-    rows (of tokens)    0           2   5   6   7   8      <- gathered from x and q
+    rows (of tokens)    0           2   5   6   7   8      <- gathered from x, the rest goes no further
     positions           0           2   5   6   7   8      <- gaps stay: RoPE sees the picture as it was
     stage 2 keeps 2 of 3, ranked among the three that are left; v1 and v5 win at places 0 and 2:
     kept (of image)                 1       5              <- kept = kept[places]: always indices 0..N-1 of the picture
@@ -33,20 +33,55 @@ def causal_mask(q_positions: Tensor, k_positions: Tensor) -> Tensor:
     return (q_positions[:, :, None] >= k_positions[:, None, :])[:, None]
 
 
+QueriesAt = Callable[[Tensor], Tensor]
+
+
 class LayerView:
     """Layer K-1 in the middle of its work, as a score function sees it.
 
     B prompts, h query heads, g key/value heads, c head size; n tokens entered the layer, N image tokens among them.
-    q (B, h, n, c), k and v (B, g, n, c): q and k with RoPE. positions (B, n): original. hidden (B, n, d): the input.
+    k and v (B, g, n, c), k with RoPE. positions (B, n): original. hidden (B, n, d): the input.
     system, image, text, all, last: slices of 0..n-1; text is all that follows the image, generated tokens included.
-    score_rows: attention rows made explicit so far, for the FLOPs accounting.
+    make_queries: (B, r) rows -> their queries (B, h, r, c).
+    q_rows, score_rows: queries made and attention rows made explicit so far, for the FLOPs accounting.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, hidden: Tensor, image: slice):
-        self.q, self.k, self.v, self.positions, self.hidden, self.score_rows = q, k, v, positions, hidden, 0
-        n = q.shape[2]
+    def __init__(
+        self, make_queries: QueriesAt, k: Tensor, v: Tensor, positions: Tensor, hidden: Tensor, image: slice
+    ):  # fmt: skip
+        self.k, self.v, self.positions, self.hidden = k, v, positions, hidden
+        self.q_rows = self.score_rows = 0
+        n = k.shape[2]
         self.system, self.image, self.text = slice(0, image.start), image, slice(image.stop, n)
         self.all, self.last = slice(0, n), slice(n - 1, n)
+        self._make_queries, self._made = make_queries, []  # pieces: (first row, its and the next rows' queries)
+
+    def queries(self, rows: slice) -> Tensor:
+        """(B, h, rows, c), with RoPE; made when first asked for, since most of the dropped tokens never need theirs."""
+        start, stop, _ = rows.indices(self.k.shape[2])
+        if (q := self._known(start, stop)) is None:
+            q = self._queries_at(torch.arange(start, stop, device=self.k.device).expand(len(self.k), -1))
+            self._made.append((start, q))
+        return q
+
+    def queries_left(self, places: Tensor, first: int = 0) -> Tensor:
+        """Of the rows that stay, from row `first` on: system, the image tokens at (B, N') places, text."""
+        image = self._known(self.image.start, self.image.stop)
+        if image is None:
+            image = self._queries_at(places + self.image.start)
+        else:
+            image = image.take_along_dim(places[:, None, :, None], dim=2)
+        return torch.cat((self.queries(slice(first, self.image.start)), image, self.queries(self.text)), dim=2)
+
+    def _known(self, start: int, stop: int) -> Tensor | None:
+        for first, q in self._made:
+            if first <= start and stop <= first + q.shape[2]:
+                return q[:, :, start - first : stop - first]
+        return None
+
+    def _queries_at(self, rows: Tensor) -> Tensor:
+        self.q_rows += rows.shape[1]
+        return self._make_queries(rows)
 
     def attention(self, rows: slice, columns: slice) -> Tensor:
         """A[rows, columns], (B, rows, columns): how much the rows attend to the columns, mean over heads."""
@@ -54,7 +89,7 @@ class LayerView:
 
     def maps(self, rows: slice) -> Tensor:
         """A[rows] of each head, (B, h, rows, n): softmax in fp32 over all n keys, of these rows alone."""
-        q, k = self.q[:, :, rows], self.k
+        q, k = self.queries(rows), self.k
         self.score_rows += q.shape[2]
         B, h, r, c = q.shape
         scores = (q * c**-0.5).reshape(B, k.shape[1], -1, c) @ k.mT  # (B, g, h / g * r, n)
@@ -113,7 +148,7 @@ class Stage:
 
     def evaluate(self, view: LayerView) -> Tensor:
         """(B, N) scores in fp32 by the score function; raises HimapError if it returns anything else."""
-        expected = len(view.q), view.image.stop - view.image.start
+        expected = len(view.k), view.image.stop - view.image.start
         scores = view.hidden.new_zeros(expected) if self.score is None else self.score(view)
         if not isinstance(scores, Tensor) or scores.shape != expected:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -173,7 +208,7 @@ class LayerTrace:
     """How many tokens entered each part of a layer: all that its FLOPs depend on."""
 
     kv: int  # k_proj, v_proj: the tokens that entered the layer
-    q: int  # q_proj
+    q: int  # q_proj; where a stage ranks: the rows that its score asked for, and those that stay
     score_rows: int  # rows of attention made explicit for a stage, each over `keys` keys
     rows: int  # query rows of the attention proper, o_proj, MLP
     keys: int  # keys and values attended to, cached ones included

@@ -109,7 +109,7 @@ def test_parts_of_a_layer():
     layer = plan_prefill(CONFIG_7B, (36, 612), n, HIMAP)[1]
     left = n - 288
     assert layer_flops(CONFIG_7B, layer) == {
-        "q_proj": 2 * n * d * d, "k_proj": 2 * n * d * d, "v_proj": 2 * n * d * d, "ranking": 2 * 10 * n * d,
+        "q_proj": 2 * left * d * d, "k_proj": 2 * n * d * d, "v_proj": 2 * n * d * d, "ranking": 2 * 10 * n * d,
         "scores": 2 * left * n * d, "weighted_sum": 2 * left * n * d, "o_proj": 2 * left * d * d,
         "mlp": 6 * left * d * m,
     }  # fmt: skip
@@ -212,4 +212,5 @@ def test_executed_is_below_the_papers_order():
         skipped = sum(a.rows - b.rows for a, b in zip(full, plan, strict=True))
         saved = pass_flops(CONFIG_7B, full) - pass_flops(CONFIG_7B, plan)
         pairs = sum((a.rows - b.rows) * a.keys for a, b in zip(full, plan, strict=True))
-        assert saved == skipped * one + pairs * 4 * 4096 + (whole[-1] - 1) * 2 * 4096**2
+        queries = 288 + whole[-1] - 1  # of stage 1's losers, whom only text ranks, and of the last layer
+        assert saved == skipped * one + pairs * 4 * 4096 + queries * 2 * 4096**2

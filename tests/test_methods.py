@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_flops import counted
+from test_pruning import queries_in
 from torch.testing import assert_close
 
 from himap_ref import HIMAP, HimapError, LayerView, Stage, image_to_image
@@ -22,7 +23,7 @@ def pixels():
 @pytest.fixture
 def view(embeddings):
     q, k = embeddings(2, 9, 8, seed=4)[:, None], embeddings(2, 9, 8, seed=5)[:, None]
-    return LayerView(q, k, k, torch.arange(9).expand(2, -1), q[:, 0], slice(2, 7))
+    return LayerView(queries_in(q), k, k, torch.arange(9).expand(2, -1), q[:, 0], slice(2, 7))
 
 
 def test_image_mean_counts_the_rows_that_see_a_token(view):
@@ -38,7 +39,7 @@ def test_image_mean_counts_the_rows_that_see_a_token(view):
 def test_bias_where_attention_is_flat():
     """The bias itself: under the sum, flat attention ranks v by its place; under the mean still, if less."""
     zero = torch.zeros(1, 1, 9, 8)
-    view = LayerView(zero, zero, zero, torch.arange(9)[None], zero[:, 0], slice(1, 9))
+    view = LayerView(queries_in(zero), zero, zero, torch.arange(9)[None], zero[:, 0], slice(1, 9))
     summed, averaged, relative = (SCORES[f"image_to_image{name}"](view)[0] for name in ("", "_mean", "_relative"))
     harmonic = [sum(1 / (i + 1) for i in range(v, 9)) for v in range(1, 9)]  # row i sees i + 1 keys, 1 / (i + 1) each
     assert_close(summed, torch.tensor(harmonic))

@@ -12,6 +12,12 @@ from himap_ref.studies.methods import FASTV, SCORES, all_to_image, last_to_image
 
 near = {"rtol": 1e-4, "atol": 5e-5}
 
+
+def queries_in(q):
+    """For a LayerView of one's own: looks rows up in ready-made (B, h, n, c)."""
+    return lambda rows: q.take_along_dim(rows[:, None, :, None], dim=2)
+
+
 # ---------------------------------------------------------------- a slow decoder that hides instead of dropping
 
 
@@ -207,7 +213,7 @@ def test_custom_score(tiny_decoder, embeddings):
 
     class Rightmost:
         def __call__(self, view):
-            shapes.append([tuple(t.shape) for t in (view.q, view.k, view.positions, view.hidden)])
+            shapes.append([tuple(t.shape) for t in (view.queries(view.text), view.k, view.positions, view.hidden)])
             shapes.append([view.system, view.image, view.text])
             return view.positions[:, view.image].float()
 
@@ -215,7 +221,7 @@ def test_custom_score(tiny_decoder, embeddings):
     first, second = decoder(x, (4, 16), stages).trace.stages
     assert second.kept.tolist() == first.kept[:, -2:].tolist()
     assert second.scores.tolist() == (first.kept + 4).tolist()  # of the prompt, not of the cut sequence
-    assert shapes == [[(2, 4, 16, 8), (2, 2, 16, 8), (2, 16), (2, 16, 32)], [slice(0, 4), slice(4, 10), slice(10, 16)]]
+    assert shapes == [[(2, 4, 6, 8), (2, 2, 16, 8), (2, 16), (2, 16, 32)], [slice(0, 4), slice(4, 10), slice(10, 16)]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -250,7 +256,7 @@ def test_ties_go_to_the_lower_place(tiny_decoder, embeddings):
     assert keep_highest(torch.zeros(1, 5000), 300).tolist() == [list(range(300))]
 
     def constant(view):
-        return torch.ones(view.q.shape[0], view.image.stop - view.image.start)
+        return torch.ones(len(view.k), view.image.stop - view.image.start)
 
     (stage,) = tiny_decoder()(embeddings(1, 22), (4, 16), (Stage(2, 5, constant),)).trace.stages
     assert stage.kept.tolist() == [[0, 1, 2, 3, 4]]
@@ -271,7 +277,7 @@ def test_trace(tiny_decoder, embeddings):
             assert kept.tolist() == sorted(best.tolist())
     layers = out.trace.layers
     assert [layer.kv for layer in layers] == [layer.keys for layer in layers] == [22, 22, 16, 16, 12]
-    assert [layer.q for layer in layers] == [22, 22, 16, 16, 1]
+    assert [layer.q for layer in layers] == [22, 16, 16, 16, 1]  # and need no query, unless it is they who rank
     assert [layer.rows for layer in layers] == [22, 16, 16, 12, 1]  # losers skip the rest of the layer that ranks
     assert [layer.score_rows for layer in layers] == [0, 6, 0, 6, 0]
     assert [(cache.k.shape[2], cache.v.shape[2]) for cache in out.cache] == [(n, n) for n in (22, 22, 16, 16, 12)]
@@ -373,10 +379,38 @@ def test_parse_stages_errors(text):
         parse_stages(text)
 
 
+def test_queries_are_made_once(embeddings):
+    """Queries of other rows than asked for, made twice, or made for image tokens that are dropped unranked."""
+    q, made = embeddings(2, 10, 4)[:, None], []
+
+    def make(rows):
+        made.append(rows.tolist()[0])
+        return queries_in(q)(rows)
+
+    def view():
+        made.clear()
+        return LayerView(make, q, q, torch.arange(10).expand(2, -1), q[:, 0], slice(3, 7))
+
+    places = torch.tensor([[0, 2], [1, 3]])
+    want = torch.stack([q[0, :, [0, 1, 2, 3, 5, 7, 8, 9]], q[1, :, [0, 1, 2, 4, 6, 7, 8, 9]]])
+    for rows, asked in {
+        (7, 10): [[7, 8, 9], [3, 5], [0, 1, 2]],
+        (3, 7): [[3, 4, 5, 6], [0, 1, 2], [7, 8, 9]],
+        (0, 10): [list(range(10))],
+        (9, 10): [[9], [3, 5], [0, 1, 2], [7, 8, 9]],
+    }.items():
+        by = view()
+        for _ in range(2):
+            assert torch.equal(by.queries(slice(*rows)), q[:, :, slice(*rows)])
+        assert torch.equal(by.queries_left(places), want) and torch.equal(by.queries_left(places, 3), want[:, :, 3:])
+        assert made[: len(asked)] == asked and by.q_rows == sum(map(len, made))
+    assert torch.equal(by.queries(slice(-2, None)), q[:, :, -2:])
+
+
 def test_view_rows_are_slices_of_the_prompt(embeddings):
     """Text rows that lose their first or last token."""
     q = embeddings(1, 10, 4)[:, None]
-    view = LayerView(q, q, q, torch.arange(10)[None], q[:, 0], slice(3, 7))
+    view = LayerView(queries_in(q), q, q, torch.arange(10)[None], q[:, 0], slice(3, 7))
     rows = list(range(10))
     assert (rows[view.system], rows[view.image], rows[view.text]) == ([0, 1, 2], [3, 4, 5, 6], [7, 8, 9])
     assert (rows[view.all], rows[view.last]) == (rows, [9])

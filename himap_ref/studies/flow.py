@@ -66,7 +66,7 @@ def run_layer(layer: DecoderLayer, x: Tensor, cos_sin: tuple[Tensor, Tensor]) ->
     hidden = layer.input_layernorm(x)
     q = layer.self_attn.queries(hidden, *cos_sin)
     k, v = layer.self_attn.keys_values(hidden, *cos_sin)
-    view = LayerView(q, k, v, positions, x, slice(0, 0))
+    view = LayerView(lambda rows: q, k, v, positions, x, slice(0, 0))
     A = view.maps(view.all)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # a key/value head serves neighbouring query heads
     x = x + layer.self_attn.project(A.to(v.dtype) @ v)

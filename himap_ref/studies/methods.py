@@ -63,7 +63,7 @@ def random(view: LayerView, seed: int = 0) -> Tensor:
     """Chance, the baseline to beat. Every picture draws the same numbers, in a batch as alone; the stages differ."""
     N = view.image.stop - view.image.start
     scores = torch.rand(N, generator=torch.Generator().manual_seed((1000 * seed + N) % 2**63))
-    return scores.to(view.q.device).expand(len(view.q), -1)
+    return scores.to(view.k.device).expand(len(view.k), -1)
 
 
 SCORES: dict[str, Score] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..config import TextConfig
 from ..errors import HimapError
@@ -20,12 +21,12 @@ def plan_prefill(
     """
     stage_at, (start, stop), layers = stages_by_layer(stages, config.num_hidden_layers), span, []
     for i in range(config.num_hidden_layers - 1):
-        rows, score_rows = n, 0
+        rows, q_rows, score_rows = n, n - prefix, 0
         if stage := stage_at.get(i + 1):
-            score_rows = _score_rows(config, stage, slice(start, stop), n)
-            dropped = stop - start - stage.count(stop - start)
-            rows, stop = n - dropped, stop - dropped
-        layers.append(LayerTrace(kv=n - prefix, q=n - prefix, score_rows=score_rows, rows=rows - prefix, keys=n))
+            kept = stage.count(stop - start)
+            q_rows, score_rows = _ranking_rows(config, stage, slice(start, stop), n, kept, prefix)
+            rows, stop = n - (stop - start) + kept, start + kept
+        layers.append(LayerTrace(kv=n - prefix, q=q_rows, score_rows=score_rows, rows=rows - prefix, keys=n))
         n = rows
     return [*layers, LayerTrace(kv=n - prefix, q=1, score_rows=0, rows=1, keys=n)]
 
@@ -39,16 +40,23 @@ def tokens_per_layer(stages: Sequence[Stage], num_image_tokens: int, num_layers:
     return tokens
 
 
-def _score_rows(config: TextConfig, stage: Stage, image: slice, n: int) -> int:
-    """Asks the score function itself which rows it makes explicit, on tensors without data."""
+def _ranking_rows(
+    config: TextConfig, stage: Stage, image: slice, n: int, kept: int, prefix: int
+) -> tuple[int, int]:  # fmt: skip
+    """Rows whose queries are made, and rows whose attention is: asks the score function, on tensors without data."""
+
+    def make_queries(rows: Tensor) -> Tensor:
+        return torch.empty(1, config.num_attention_heads, rows.shape[1], config.head_dim, device="meta")
+
     with torch.device("meta"):
-        q = torch.empty(1, config.num_attention_heads, n, config.head_dim)
         k = torch.empty(1, config.num_key_value_heads, n, config.head_dim)
-        view = LayerView(q, k, k, torch.empty(1, n), torch.empty(1, n, config.hidden_size), image)
+        view = LayerView(make_queries, k, k, torch.empty(1, n), torch.empty(1, n, config.hidden_size), image)
+        places = torch.empty(1, kept, dtype=torch.long)
     try:
         stage.evaluate(view)
     except HimapError:
         raise
     except Exception as error:  # a user's function may fail in any way without data
         raise HimapError(f"score {stage.name!r} needs data: its FLOPs are known only after a run ({error})") from error
-    return view.score_rows
+    view.queries_left(places, prefix)
+    return view.q_rows, view.score_rows
