@@ -4,8 +4,8 @@
     python -m himap_ref.studies.evaluate --weights llava-1.5-7b --questions FILE --image-folder DIR --metric letter
 
 One JSON line per question goes to --out at once; the same command started again goes on where it stopped, also with
-another --batch or more questions. One that cannot be asked (no picture, too long) is recorded with its error, counted
-apart, and asked again next time.
+more questions or another --batch (in half precision that may change an answer: see precision.py). One that cannot be
+asked (no picture, too long) is recorded with its error, counted apart, and asked again next time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,244 @@
+"""Numerics: half precision without NaN, scores in fp32, weights that give NaN, and what repeats bit by bit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
+
+from himap_ref import HIMAP, HimapError, Llava, Stage
+from himap_ref.studies import disruption, evaluate, flow, reducers
+from himap_ref.studies.asking import ask_each
+from himap_ref.studies.methods import SCORES, Method, parse_method
+from himap_ref.studies.precision import digest, threads
+from himap_ref.studies.questions import scene_examples
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "weights" / "shapes"
+DTYPES, HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
+METHODS = ["none", "himap", "vtw", "cls:20", "pool:4", *(f"2:0.5:{name},8:0.5:{name}" for name in SCORES)]
+EXAMPLES = [example for example in scene_examples(6) if example.kind == "color"]
+EXAMPLE = WEIGHTS / "example.png", "What color is the star?"
+NAN = float("nan")
+
+
+@pytest.fixture(scope="session")
+def at():
+    """The embedded model in a dtype."""
+    return {dtype: Llava.from_pretrained(WEIGHTS, dtype) for dtype in DTYPES}.get
+
+
+def ask(model, method, examples=EXAMPLES, **options):
+    """A batch's answers. method: a name, or stages."""
+    method = parse_method(method, model) if isinstance(method, str) else Method("", method)
+    pictures, questions = [e.picture() for e in examples], [e.question for e in examples]
+    return model.generate(pictures, questions, method.stages, 8, reducer=method.reducer, **options)
+
+
+# ---------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_nan(at, dtype):
+    """A mask, a norm or a product that leaves a dtype's range somewhere inside, where the answer hides it."""
+    model, seen = at(dtype), set()
+
+    def look(module, _, output):
+        seen.add(module)
+        assert not isinstance(output, torch.Tensor) or output.isfinite().all(), type(module)
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    for method, options in [*((method, {}) for method in METHODS), ("himap", {"reprune": True})]:
+        for got in ask(model, method, EXAMPLES[:2], **options):
+            assert got.first_logits.isfinite().all() and got.first_logits.dtype == dtype
+    [handle.remove() for handle in handles]
+    kinds = nn.Linear, nn.RMSNorm, nn.LayerNorm
+    assert {module for module in model.modules() if isinstance(module, kinds)} <= seen
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_are_fp32(at, dtype, name):
+    """A softmax, a head mean or a sum in half precision: neighbours tie, and which one stays is chance."""
+    seen = []
+
+    def spy(view):
+        scores, rows = SCORES[name](view), view.maps(view.all).sum(dim=-1)
+        assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-5)
+        maps = view.maps
+        view.maps = lambda rows: maps(rows).double()
+        assert_close(scores, SCORES[name](view).float(), rtol=1e-5, atol=1e-7)
+        seen.append(scores)
+        return scores
+
+    for got in ask(at(dtype), (Stage(2, 0.5, spy), Stage(8, 0.5, spy))):
+        assert [stage.scores.dtype for stage in got.trace.stages] == [torch.float32] * 2
+    assert len(seen) == 2
+    for scores in seen:
+        assert scores.dtype == torch.float32 and (scores != scores.to(dtype).float()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_reducer_ranks_in_fp32(at, dtype, monkeypatch):
+    """CLS attention averaged over the heads in half precision."""
+    seen, keep_highest = [], reducers.keep_highest
+    monkeypatch.setattr(reducers, "keep_highest", lambda *args: seen.append(args[0]) or keep_highest(*args))
+    ask(at(dtype), "cls:20")
+    (scores,) = seen
+    assert scores.dtype == torch.float32 and (scores != scores.to(dtype).float()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_own_score_in_half_is_ranked(at, dtype):
+    """A user's score in half precision recorded or ranked as such, or refused."""
+    halved = Stage(4, 0.5, lambda view: SCORES["text_to_image"](view).to(dtype))
+    for got in ask(at(dtype), (halved,)):
+        (stage,) = got.trace.stages
+        assert stage.scores.dtype == torch.float32 and len(stage.kept) == 41
+
+
+# ---------------------------------------------------------------- weights that give NaN
+
+LATER = EXAMPLES[0]  # its first token's embedding is only looked at when the second token is made
+
+
+def damaged(model, where, value=NAN):
+    """A copy of it with a bad number in one tensor's row."""
+    model = deepcopy(model)
+    name, _, row = where.partition(":")
+    model.get_parameter(name).data[int(row) if row else 0] = value
+    return model
+
+
+def first_token(model, example):
+    return ask(model, "himap", [example])[0].token_ids[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"reprune": True}], ids=str)
+@pytest.mark.parametrize("where", [
+    "language_model.lm_head.weight:5", "language_model.norm.weight", "language_model.layers.11.mlp.down_proj.weight",
+    "language_model.layers.0.self_attn.k_proj.weight", "vision_tower.layers.0.mlp.fc1.weight", "later",
+])  # fmt: skip
+def test_nan_is_an_error(shapes, where, options):
+    """NaN logits answered with token 0 for ever: in one row of lm_head, in the prefill, in a later step alone."""
+    later = where == "later"
+    if later:
+        where = f"language_model.embed_tokens.weight:{first_token(shapes, LATER)}"
+    model = damaged(shapes, where)
+    for method in ("himap", "none"):
+        with pytest.raises(HimapError, match="NaN"):
+            ask(model, method, EXAMPLES if method == "himap" else [LATER], **options)
+    if later:  # the first token was sound
+        assert model.generate(LATER.picture(), LATER.question, HIMAP, 1, **options).finish == "length"
+
+
+def test_infinite_logits_are_an_error(shapes):
+    """A dtype too narrow for the weights, noticed only where it turns to NaN."""
+    with pytest.raises(HimapError, match="infinite"):
+        ask(damaged(shapes, "language_model.lm_head.weight:5", float("inf")), "none")
+
+
+def test_nan_costs_only_its_own_question(shapes):
+    """A whole batch lost with the one prompt whose answer runs into NaN."""
+    bad = first_token(shapes, LATER)
+    model, sound = damaged(shapes, f"language_model.embed_tokens.weight:{bad}"), parse_method("himap", shapes)
+
+    def answers(model):
+        return {e.id: got for e, got in ask_each(
+            model, EXAMPLES, 8, lambda *asked: evaluate.answer(model, *asked, sound, 8))}  # fmt: skip
+
+    before, after = answers(shapes), answers(model)
+    hit = {id for id, got in before.items() if bad in got.token_ids}
+    assert LATER.id in hit and len(hit) < len(EXAMPLES)
+    for id, got in after.items():
+        assert isinstance(got, HimapError) if id in hit else got.token_ids == before[id].token_ids
+
+
+@pytest.fixture
+def folder(tmp_path, shapes):
+    """The embedded model with NaN where only a later step of the answer about its example sees it."""
+    folder = shutil.copytree(WEIGHTS, tmp_path / "weights", ignore=shutil.ignore_patterns("results"))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    tensors[name][shapes.generate(*EXAMPLE, HIMAP, 1).token_ids[0]] = NAN
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_command_ends_at_nan(folder):
+    """An endless answer, a traceback, or status 0."""
+    command = [sys.executable, str(ROOT / "run.py"), "--weights", str(folder)]
+    asked = ["--image", str(EXAMPLE[0]), "--prompt", EXAMPLE[1]]
+    got = subprocess.run([*command, *asked], capture_output=True, text=True, check=False, timeout=60)
+    assert got.returncode == 2 and got.stderr.startswith("error: ") and got.stderr.count("\n") == 1, got.stderr
+    assert "NaN or infinite" in got.stderr
+
+
+@pytest.mark.parametrize("module", [evaluate, flow, disruption], ids=lambda module: module.__name__)
+def test_study_ends_at_nan(folder, tmp_path, monkeypatch, module):
+    """A table made of NaN."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[next(name for name in tensors if name.endswith("lm_head.weight"))][7] = NAN
+    save_file(tensors, folder / "model.safetensors")
+    few = ["--layers", "2", "--kinds", "img2img"] if module is disruption else []
+    command = [module.__name__, "--weights", str(folder), "--dtype", "float32", "--limit", "2", *few]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
+    with pytest.raises(HimapError, match="NaN or infinite"):
+        module.main()
+
+
+# ---------------------------------------------------------------- the same answers again
+# Bit by bit: the same questions in the same batches on the same number of threads. With another number of threads, or
+# in another batch, matrix products add up in another order: fp32 still keeps the same tokens, half precision need not.
+
+
+def facts(model, **options):
+    """All of a batch's answers, to the last bit."""
+    with torch.no_grad():
+        return [
+            [got.token_ids, [stage.kept.tolist() for stage in got.trace.stages],
+             digest([stage.scores for stage in got.trace.stages]), digest([got.first_logits])]
+            for got in ask(model, "himap-paper", **options)
+        ]  # fmt: skip
+
+
+def every_fact(at):
+    return {str(dtype): [facts(at(dtype), **options) for options in ({}, {"temperature": 1.5, "seed": 3})]
+            for dtype in DTYPES}  # fmt: skip
+
+
+def test_run_to_run(at):
+    """Answers that depend on the process: an unseeded draw, a set's order, uninitialised memory."""
+    code = (
+        "import json, sys, torch; sys.path.append('tests'); import test_numerics as t\n"
+        "models = {d: t.Llava.from_pretrained(t.WEIGHTS, d) for d in t.DTYPES}\n"
+        "torch.set_num_threads(1); print(json.dumps(t.every_fact(models.get)))"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    with threads(1):
+        assert json.loads(other.stdout) == every_fact(at)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_batch_change_no_answer(at, dtype):
+    """Answers, or in fp32 kept tokens, that differ with the machine: by more than the order of a sum explains."""
+    model, sampled = at(dtype), {"temperature": 1.5, "seed": 3}
+    for options in ({}, sampled) if dtype == torch.float32 else ({},):  # a draw may fall between two halves' roundings
+        with threads(1):
+            want = facts(model, **options)
+            alone = [facts(model, examples=[example], **options)[0] for example in EXAMPLES]
+        with threads(2):
+            on_two = facts(model, **options)
+        for got in (alone, on_two):
+            assert [ids for ids, *_ in got] == [ids for ids, *_ in want]
+            if dtype == torch.float32:
+                assert [kept for _, kept, *_ in got] == [kept for _, kept, *_ in want]
