@@ -3,10 +3,8 @@
 import json
 import linecache
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from statistics import mean
 
@@ -109,24 +107,6 @@ def test_summary(shapes, tmp_path):
     (row,), seconds = one[1].values(), one[0]["seconds"]
     assert seconds["prefill"] == row["seconds"]["prefill"]
     assert seconds["decode_step"] == row["seconds"]["decode"] / (row["new_tokens"] - 1)
-
-
-def test_killed_and_resumed(tmp_path):
-    """kill -9 at any moment: a result lost, counted twice, or taken from a torn line."""
-    whole, torn, count = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl", 30
-    args = ["--scenes", 6, "--limit", count, "--method", "fastv", "--out"]
-    assert run(evaluate, *args, whole).returncode == 0
-    command = [sys.executable, "-m", evaluate.__name__, *map(str, args), str(torn)]
-    for lines in (5, 17):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and (not torn.exists() or torn.read_bytes().count(b"\n") < lines):
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-    torn.write_bytes(torn.read_bytes() + b'{"id": "torn')
-    result = run(evaluate, *args, torn)
-    assert result.returncode == 0, result.stderr
-    assert plain(torn) == plain(whole) and len(plain(torn)) == count
 
 
 def test_errors_are_asked_again(shapes, tmp_path):
