@@ -11,9 +11,11 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 EMBEDDED = Path(__file__).parent / "weights" / "shapes"
 EXAMPLE = (EMBEDDED / "example.png", "What color is the star?")
@@ -55,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
     from himap_ref.studies import report
     from himap_ref.studies.methods import Method, parse_method, parse_stages
     from himap_ref.studies.options import revision_of
+    from himap_ref.studies.plots import write_whole
     from himap_ref.weights import find_device, find_folder
 
     embedded = os.path.realpath(args.weights) == os.path.realpath(EMBEDDED)
@@ -73,14 +76,14 @@ def main(args: argparse.Namespace) -> None:
     seconds = {"load": time.perf_counter() - start}
     if args.pad:
         model.image_processor = replace(model.image_processor, do_pad=True)
-    if args.template:
+    if args.template is not None:
         model.template = TEMPLATES.get(args.template, args.template)
     if embedded and image is not None and not report.looks_drawn(image):
         print("note: " + model.settings["note"], file=sys.stderr)
 
     name = f"random{args.seed}" if args.method == "random" else args.method
     method = parse_method(name, model) if args.stages is None else Method("stages", parse_stages(args.stages))
-    ask = partial(
+    ask: Callable[..., Any] = partial(  # of one question, so that one answer comes back
         model.generate, image, prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
         top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
@@ -97,11 +100,8 @@ def main(args: argparse.Namespace) -> None:
     result["revision"] = revision_of(folder)
     if args.show and method.reducer:
         print("note: --show draws what the decoder's stages kept, and this method has none", file=sys.stderr)
-    if args.show:
-        try:
-            report.draw_kept(model, image, answer.trace).save(args.show)
-        except OSError as error:
-            raise HimapError(f"--show {args.show}: cannot be written ({error.strerror})") from None
+    if args.show and image:
+        write_whole(args.show, report.draw_kept(model, image, answer.trace).save)
     if args.trace:
         print(report.layer_table(result), file=sys.stderr)
     if answer.finish != "eos":
@@ -116,9 +116,9 @@ if __name__ == "__main__":
     arguments = parse_args()
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so, but NumPy is not needed
     warnings.filterwarnings("ignore", message="Image size")  # Pillow, at half of its limit
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of the answer
-    sys.path.append(str(Path.cwd()))  # so that --stages finds module:function in the current folder
-
-    from himap_ref.errors import run_command
+    try:
+        from himap_ref.errors import run_command  # torch with it, which takes seconds
+    except KeyboardInterrupt:
+        sys.exit(130)
 
     run_command(lambda: main(arguments))

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import HimapError
 
@@ -24,13 +24,13 @@ LIMITS = {  # inclusive, of a field or else of its type; no product of sizes tha
 }  # fmt: skip
 
 
-def check_fields(config) -> None:
+def check_fields(config: Any) -> None:
     """HimapError for a field of a dataclass that is not as annotated (ints will do for floats) or beyond `LIMITS`."""
     for field in fields(config):
         value, kinds = getattr(config, field.name), field.type.split(" | ")
         low, high = LIMITS.get(field.name, LIMITS.get(kinds[0], (-math.inf, math.inf)))
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, (int, float))]
-        fits = {_kind(value), _kind(value).replace("int", "float")} & {*kinds}
+        fits = bool({_kind(value), _kind(value).replace("int", "float")} & {*kinds}) or value is field.default is None
         if field.type.startswith("Literal"):
             fits = isinstance(value, str) and repr(value) in field.type
         if not fits or not all(low <= x <= high for x in numbers):
@@ -80,8 +80,8 @@ class TextConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: one key/value head per query head
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    num_key_value_heads: int = None  # type: ignore[assignment]  # null: one key/value head per query head
+    head_dim: int = None  # type: ignore[assignment]  # null: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -148,11 +148,18 @@ class LlavaConfig:
         return cls(**values)
 
 
+def read_bytes(path: Path, size: int = -1) -> bytes:
+    """Of a file. An archive may hold pipes and links to devices: one is waited for, the other read, for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError("a pipe or a device, not a file")
+    with path.open("rb") as file:
+        return file.read(size)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file; raises HimapError that names the file."""
     try:
-        with path.open("rb") as file:
-            data = json.loads(file.read(2**25))  # cut where it is longer, which is no JSON then
+        data = json.loads(read_bytes(path, 2**25))  # cut where it is longer, which is no JSON then
     except (OSError, ValueError, RecursionError) as error:
         raise HimapError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(data, dict):
@@ -167,7 +174,7 @@ def section(data: dict, name: str) -> dict | None:
     return inner
 
 
-def known(cls, data: dict) -> dict:
+def known(cls: Any, data: dict) -> dict:
     """The entries of `data` that are fields of `cls`; a config.json holds many more (dropout, dates, ...)."""
     return {field.name: data[field.name] for field in fields(cls) if field.name in data}
 

@@ -1,5 +1,6 @@
 """The one error type that a user can cause: its message is a single line that says what is wrong and what to do."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,10 @@ class HimapError(ValueError):
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command-line tool: bad input, a full disk or memory end it with one line and status 2, Ctrl-C with 130."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us: what is printed must not end up in the other one
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack a letter of an answer
     try:
         main()
         sys.stdout.flush()
@@ -26,9 +31,9 @@ def run_command(main: Callable[[], None]) -> None:
         if not any(sign in repr(error) for sign in ("MemoryError", "out of memory", "can't allocate memory")):
             raise  # a bug of ours
         reason = "out of memory: fewer questions at a time, --dtype bfloat16 or a smaller model need less"
-    print(f"error: {HimapError(reason)}", file=sys.stderr)
     try:
+        print(f"error: {HimapError(reason)}", file=sys.stderr)
         sys.stdout.flush()
     except OSError:  # a full disk, a closed pipe: Python would say so once more on its way out
-        sys.stdout = None
+        sys.stdout = sys.stderr = None
     sys.exit(2)

@@ -14,14 +14,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .config import check_fields, known, read_json, section
+from .config import check_fields, known, read_bytes, read_json, section
 from .errors import HimapError
 
 MAX_PIXELS = 150_000_000  # of a file, or of what is made of it: padded, a 1 x 40000 picture has 1.6 gigapixels
 # Not all that Pillow knows: for EPS it would start Ghostscript, and rarely used readers are rarely checked.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-WITHOUT = {  # what a step amounts to that is switched off
+WITHOUT: dict[str, dict] = {  # what a step amounts to that is switched off
     "do_resize": {"size": {"shortest_edge": None}},
     "do_center_crop": {"crop_size": {}},
     "do_rescale": {"rescale_factor": 1.0},
@@ -34,9 +34,10 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     Image.init()  # fills Image.OPEN
     formats = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow has no AVIF
     try:
-        image = source
-        if not isinstance(source, Image.Image):  # bytes at hand: no part of a file claims more memory than the file has
-            image = Image.open(io.BytesIO(Path(source).read_bytes()), formats=formats)
+        if isinstance(source, Image.Image):
+            image = source
+        else:  # bytes at hand: no part of a file claims more memory than the file has
+            image = Image.open(io.BytesIO(read_bytes(Path(source))), formats=formats)
         if not 0 < image.width * image.height <= MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels: expected 1 to {MAX_PIXELS}")
         return to_rgb(ImageOps.exif_transpose(image))
@@ -49,7 +50,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB: transparency onto white, as transformers 5 has it; 16-bit levels scaled, not clipped."""
     if image.mode.startswith("I"):  # I;16 and variants; I holds 16 bits in files, or whatever a caller has put there
-        scale = 1 if image.mode == "I" and image.getextrema()[1] < 256 else 1 / 256
+        scale = 1 if image.mode == "I" and image.getextrema()[1] < 256 else 1 / 256  # type: ignore[operator]
         image = image.convert("I").point(lambda level: level * scale).convert("L")
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
@@ -118,7 +119,8 @@ class ImageProcessor:
         if self.do_pad:
             image = pad_to_square(image, tuple(int(x * 255) for x in self.image_mean))
         if edge := self.shortest_edge:
-            image = image.resize(tuple(int(edge * side / min(image.size)) for side in image.size), self.resample)
+            width, height = (int(edge * side / min(image.size)) for side in image.size)
+            image = image.resize((width, height), self.resample)
         elif self.size:
             image = image.resize(self.size[::-1], self.resample)
         if self.crop_size:  # centre crop; what lies outside a smaller picture is black

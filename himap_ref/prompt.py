@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from .config import read_bytes
 from .errors import HimapError
 
 TEMPLATES = {
@@ -33,7 +34,7 @@ class Prompt:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json, the one file of the fast tokenizer; raises HimapError if it is not there or not one."""
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_buffer(read_bytes(folder / "tokenizer.json"))
         tokenizer.no_padding()  # a file may carry the settings of somebody's training run
         tokenizer.no_truncation()
         tokenizer.decode(tokenizer.encode("A <b>?").ids)  # parts that do not fit each other are found only in use
@@ -77,7 +78,7 @@ def encode_prompt(
 
 def _as_text(tokenizer: Tokenizer, id: int) -> list[int]:
     """A special token that the user typed ("<image>", "</s>"), spelled out in ordinary ones."""
-    text = tokenizer.id_to_token(id)
+    text = tokenizer.id_to_token(id) or ""
     tokenizer.encode_special_tokens = True
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     tokenizer.encode_special_tokens = False

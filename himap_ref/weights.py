@@ -43,6 +43,8 @@ BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # stored by old ve
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
     """A local folder, or one downloaded from the hub (resumable, with a progress bar)."""
     if os.path.isdir(source):
+        if revision is not None:
+            raise HimapError(f"revision {revision!r}: {str(source)!r} is a folder, which has no other: leave it out")
         return Path(source)
     name = SHORT_NAMES.get(str(source), str(source))
     if os.path.exists(source) or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -110,7 +112,7 @@ def is_unused(name: str, config: LlavaConfig) -> bool:
     if name == "language_model.lm_head.weight" and config.text_config.tie_word_embeddings:
         return True
     layer = re.match(r"vision_tower\.layers\.([0-9]{1,9})\.", name)
-    return bool(layer) and config.vision_layers_used <= int(layer[1]) < config.vision_config.num_hidden_layers
+    return layer is not None and config.vision_layers_used <= int(layer[1]) < config.vision_config.num_hidden_layers
 
 
 def load_weights(model: nn.Module, config: LlavaConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> None:

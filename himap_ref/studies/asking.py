@@ -64,7 +64,7 @@ def record_each(
     with tqdm(total=len(examples), initial=len(examples) - len(todo), desc=title, unit="question") as progress:
         for example, row in ask_each(model, todo, size, ask, num_image_tokens):
             if isinstance(row, HimapError):
-                progress.write(f"{example.id}: {row}", file=sys.stderr)
+                progress.write(str(HimapError(f"{example.id}: {row}")), file=sys.stderr)  # the id is the file's
                 row = {"error": str(row)}
             records.add(example.id, row)
             progress.update()

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig
-from ..errors import run_command
+from ..errors import HimapError, run_command
 from ..flops import kv_cache_bytes, lm_head_flops, pass_flops
 from ..pruning import HIMAP, HIMAP_CAPTION, Stage
 from .plan import plan_prefill, tokens_per_layer
@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=576)
     parser.add_argument("--text", type=int, default=10, help="tokens after the image")
     args = parser.parse_args()
+    if args.system < 0 or min(args.image, args.text) < 1 or args.system + args.image + args.text > 2**20:
+        raise HimapError("--system from 0, --image and --text from 1, together at most 2^20 tokens")
     for model, config in (("7B", LLAVA_1_5_7B), ("13B", LLAVA_1_5_13B)):
         for name, stages in (("vanilla", ()), ("HiMAP, K2 = 8", HIMAP), ("HiMAP, K2 = 15", HIMAP_CAPTION)):
             print(f"{model} {name}, {args.system} + {args.image} + {args.text} tokens")

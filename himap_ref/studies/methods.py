@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,12 +145,12 @@ def parse_method(text: str, model: Llava) -> Method:
 def _parse_method(text: str, model: Llava) -> Method:
     kind, _, number = text.partition(":")
     if kind in REDUCERS:
-        if not number.isdecimal():
+        if not re.fullmatch(r"\d{1,9}", number):
             raise HimapError(f"method {text!r}: expected {kind}:NUMBER, such as {kind}:9")
         return Method(text, reducer=REDUCERS[kind](int(number)))
     if text == "himap" and "stages" in model.settings:
         return Method(text, parse_stages(model.settings["stages"], trusted=False))
-    if re.fullmatch(r"random\d+", text):
+    if re.fullmatch(r"random\d{1,99}", text):
         return Method(text, (Stage(2, 0.5, _find_score(text, trusted=False)),))
     if text in METHODS:
         return Method(text, METHODS[text](model.config.text_config.num_hidden_layers))
@@ -180,7 +181,7 @@ def _find_score(name: str, trusted: bool) -> Score | None:
         return None
     if name in SCORES:
         return SCORES[name]
-    if seeded := re.fullmatch(r"random(\d+)", name):
+    if seeded := re.fullmatch(r"random(\d{1,99})", name):
         return partial(random, seed=int(seeded[1]))
     if not (trusted and ":" in name):
         raise HimapError(f"score {name!r} is unknown: expected {', '.join(SCORES)} or module:function")
@@ -190,6 +191,8 @@ def _find_score(name: str, trusted: bool) -> Score | None:
 def _own_score(name: str) -> Score:
     """module:function, as the user typed it; whatever goes wrong in it is told in one line, with its place."""
     module, _, function = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # not before: libraries try imports that would be found there, too
+        sys.path.append(here)
     try:
         score = getattr(importlib.import_module(module), function)
     except Exception as error:

@@ -41,7 +41,7 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
     model = Llava.from_pretrained(folder, getattr(torch, dtype), args.device)
     if args.pad:
         model.image_processor = replace(model.image_processor, do_pad=True)
-    if args.template:
+    if args.template is not None:
         model.template = TEMPLATES.get(args.template, args.template)
     return model, {
         "weights": fingerprint(folder), "revision": revision_of(folder), "dtype": dtype,

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from reprlib import repr as short
 
 from PIL import Image
 
@@ -160,8 +161,8 @@ def _parse_entry(entry: object, folder: Path, hint: str) -> Example:
     if not isinstance(top5, list) or any(type(token) is not int for token in top5):
         raise HimapError("`top5_res`: expected a list of token ids")
     kind = entry.get("category") or ""
-    if not isinstance(kind, str):
-        raise HimapError(f"`category`: expected text, not {_type(kind)}")
+    if not isinstance(kind, str) or not kind.isprintable():  # it heads a column
+        raise HimapError(f"`category`: expected a line of text, not {short(kind)}")
     source = _inside(folder, _text(entry.get("image"), "image"))
     question = f"{question}\n{hint}" if hint else question
     return Example(str(id), question, _answers(entry, reply), kind, source, tuple(top5))
