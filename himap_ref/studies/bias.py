@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import HimapError, run_command
 from .evaluate import Evaluation, add_arguments
 from .methods import Method, parse_method
-from .plots import check_picture, figure
+from .plots import check_picture, figure, write_text
 from .report import markdown
 from .sweep import Entry, line_of
 
@@ -122,7 +122,7 @@ def main() -> None:
     [parse_method(text, evaluation.model) for text in texts.values()]  # a mistake shows before vanilla is asked
     _, vanilla = evaluation.run(Method("none"), args.out, with_kept=True)
     lines = [measure(evaluation, label, text, args.out, vanilla) for label, text in texts.items()]
-    (args.out / "table.json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    write_text(args.out / "table.json", json.dumps(lines, indent=1) + "\n")
     print(table(lines))
     if args.plot:
         vision = evaluation.model.config.vision_config

@@ -46,7 +46,7 @@ from ..pruning import LayerView
 from .asking import record_each
 from .evaluate import peak_memory
 from .options import add_model_arguments, load_model
-from .plots import check_picture, check_writable, figure
+from .plots import check_picture, check_writable, figure, write_whole
 from .questions import Example, add_question_arguments, load_examples
 from .records import Records, results_path
 
@@ -353,7 +353,7 @@ def show(args: argparse.Namespace, model: Llava, examples: Sequence[Example], ro
     if args.plot:
         draw_bars(args.plot, shown, f"{args.saliency} saliency" + (", share of all" if args.equal else ""))
     if args.show:
-        draw_tokens(model, usable[0][0], args.label, args.saliency).save(args.show)
+        write_whole(args.show, draw_tokens(model, usable[0][0], args.label, args.saliency).save)
 
 
 def main() -> None:

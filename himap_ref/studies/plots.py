@@ -10,8 +10,11 @@ Call `check_picture` before the computing and `figure` after it:
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+import errno
+import os
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from ..errors import HimapError
@@ -27,17 +30,38 @@ def check_picture(path: Path) -> None:
 
 
 def check_writable(path: Path, kinds: Container[str] = ("png",)) -> None:
-    """Makes the folder and tries to open the file, which is left as it was. Raises HimapError, also for its ending."""
+    """Makes the folder and tries to write there; the file is left as it was. Raises HimapError, also for its ending."""
     if path.suffix[1:].lower() not in kinds:
         raise HimapError(f"{path}: this kind of picture cannot be written: end its name in .png")
+    _write_beside(path, lambda new: new.touch()).unlink()
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` gets a name beside `path` and the file is renamed: after a full disk or a kill it is the old one or new.
+
+    A link is replaced, not followed: it may have come with somebody's archive. Raises HimapError.
+    """
+    _write_beside(path, write).replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """See `write_whole`."""
+    write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+def _write_beside(path: Path, write: Callable[[Path], object]) -> Path:
+    new = path.with_name(f".new-{path.name}")  # the ending stays: by it writers choose a format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        path.open("ab").close()
-        if new:
-            path.unlink()
+        if path.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        new.unlink(missing_ok=True)  # which may be a link, too
+        write(new)
+        return new
     except OSError as error:
-        raise HimapError(f"{path}: cannot be written ({error.strerror}): choose another file") from None
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise HimapError(f"{path}: cannot be written ({error.strerror or error}): choose another file") from None
 
 
 @contextmanager
@@ -47,7 +71,4 @@ def figure(path: Path, panels: int, size: tuple[float, float]) -> Iterator[list]
 
     sheet = Figure(size, layout="constrained")
     yield list(sheet.subplots(1, panels, squeeze=False)[0])
-    try:
-        sheet.savefig(path, dpi=150)
-    except OSError as error:
-        raise HimapError(f"{path}: cannot be written ({error.strerror}): choose another file") from None
+    write_whole(path, partial(sheet.savefig, dpi=150))

@@ -17,10 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..errors import run_command
+from ..errors import HimapError, run_command
+from .plots import check_writable, write_whole
 
 SIZE = 126  # pixels a side
 PATCH = 14  # pixels a side of one vision patch: 9 x 9 patches a picture, 3 x 3 a grid cell
@@ -390,10 +392,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the scene of a seed and print questions about it.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=8, help="how many questions to ask")
-    parser.add_argument("--out", default="scene.png", help="where to write the picture")
+    parser.add_argument("--out", type=Path, default="scene.png", help="where to write the picture")
     args = parser.parse_args()
+    if args.seed < 0:
+        raise HimapError(f"--seed {args.seed}: must be 0 or more")
+    check_writable(args.out)
     scene = make_scene(args.seed)
-    draw(scene).save(args.out)
+    write_whole(args.out, draw(scene).save)
     for question in make_questions(scene, args.count):
         print(f"[{question.kind}] {question.text} -> {question.answer}")
 

@@ -29,7 +29,7 @@ from .evaluate import Evaluation, add_arguments
 from .methods import METHODS, Method, parse_method
 from .metrics import bootstrap, interval, paired
 from .plan import plan_prefill
-from .plots import check_picture, figure
+from .plots import check_picture, figure, write_text
 from .questions import Example
 from .report import markdown
 
@@ -283,7 +283,7 @@ def main() -> None:
         measured = [evaluation.run(parse_method(text, evaluation.model), args.out) for text in entry.methods]
         vanilla = vanilla or measured[0][1]
         lines.append(line_of(entry, measured, vanilla))
-        (args.out / "table.json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+        write_text(args.out / "table.json", json.dumps(lines, indent=1) + "\n")
     print(table(lines))
     if args.plot:
         draw(lines, args.plot)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..decoder import rope
-from ..errors import run_command
+from ..errors import HimapError, run_command
 from ..model import Llava
 from ..prompt import TEMPLATES
+from .plots import check_writable, write_text, write_whole
 from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, draw, make_questions, make_scene
 
 GRID = SIZE // PATCH
@@ -329,14 +330,15 @@ def export(model: Llava, tokenizer, folder: Path) -> None:
         "tokenizer_config": words, "himap": {"template": TEMPLATE, "note": NOTE, "stages": SCHEDULE},
     }  # fmt: skip
     for name, data in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(str(folder / "tokenizer.json"))
+        write_text(folder / f"{name}.json", json.dumps(data, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     state = {hub_name(name): p.detach().contiguous() for name, p in model.state_dict().items()}
     d = model.config.vision_config.hidden_size  # never used by a LLaVA, but part of every CLIP file
     state["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(d)
     state["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(d)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    draw(make_scene(EXAMPLE_SEED)).save(folder / "example.png")
+    data = save(state, metadata={"format": "pt"})
+    write_whole(folder / "model.safetensors", lambda new: new.write_bytes(data))
+    write_whole(folder / "example.png", draw(make_scene(EXAMPLE_SEED)).save)
 
 
 def hub_name(name: str) -> str:
@@ -372,8 +374,24 @@ def save_state(path: Path, phase: str, step: int, model: nn.Module, opts) -> Non
     """Written beside and renamed, so that a kill leaves the old state or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"phase": phase, "step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}
-    torch.save(state, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    try:
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+    except (OSError, RuntimeError) as error:  # of a full disk torch makes a RuntimeError
+        path.with_suffix(".new").unlink(missing_ok=True)
+        raise HimapError(f"{path}: cannot be written ({error})") from None
+
+
+def read_state(path: Path) -> dict | None:
+    """What `save_state` wrote; None if there is nothing yet. Only tensors and plain values are unpickled."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, weights_only=True)
+        return {name: state[name] for name in ("phase", "step", "model", "optimizers")}
+    except Exception as error:  # whatever torch and its unpickler make of other bytes
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise HimapError(f"{path}: no state of a training ({reason}): remove it, or choose another --state") from None
 
 
 @torch.no_grad()
@@ -414,12 +432,13 @@ def run_phase(phase: Phase, model: Llava, tokenizer, loss_of, check, state_path:
 
 
 def train(args: argparse.Namespace) -> None:
+    state = read_state(args.state)
+    check_writable(args.out / "example.png")  # rather than after hours
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = Llava(shapes_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")))
     init_weights(model, args.seed)
     vectors, prefix = word_vectors(model, tokenizer), torch.tensor(tokenizer.encode(SYSTEM).ids)
-    state = torch.load(args.state, weights_only=True) if args.state.exists() else None
     if state:
         model.load_state_dict(state["model"])
     step_layer = torch.compile(layer_forward) if args.compile else layer_forward
@@ -454,8 +473,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    if not (0 < args.lr <= 1 and max(args.steps, args.align_steps) <= 10**6 and min(args.steps, args.align_steps) >= 0):
+        raise HimapError("--lr: above 0 and at most 1; --steps and --align-steps: 0 to 1000000")
+    if not 0 <= args.seed < 2**63:
+        raise HimapError(f"--seed {args.seed}: must be in [0, 2^63)")
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused kernel's backward is the slower one
-        train(parser.parse_args())
+        train(args)
 
 
 if __name__ == "__main__":
