@@ -2,16 +2,21 @@
 
 import json
 import os
+import pickle
+import tempfile
 import time
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
-from himap_ref import HimapError, Llava
-from himap_ref.studies import fuzz
+from himap_ref import HimapError, Llava, config, image
+from himap_ref.config import known
+from himap_ref.studies import fuzz, methods, questions
 from himap_ref.studies.fuzz import FILES, Workspace, attempt, case, join_safetensors, split_safetensors, unpack
+from himap_ref.studies.questions import parse_questions
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's accounting")
@@ -20,7 +25,10 @@ KEPT = [json.loads(line) for line in (ROOT / "tests/fuzz_cases.jsonl").read_text
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    return Workspace(tmp_path_factory.mktemp("fuzz") / "files")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are tiny: on a busy machine threads wait for each other, ten times as long
+    yield Workspace(tmp_path_factory.mktemp("fuzz") / "files")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +112,26 @@ def test_a_header_that_names_other_places_is_read_as_it_says(workspace):
     assert attempt(workspace, WEIGHTS, join_safetensors(header, body)) == "refused"
 
 
+def reads_elsewhere():
+    """And fails then, as most such files will."""
+    Path("/etc/hostname").read_bytes()
+    raise HimapError("not a picture")
+
+
+def writes_elsewhere():
+    path = Path(tempfile.gettempdir()) / "himap-fuzz-test"
+    path.write_bytes(b"")
+    path.unlink()
+
+
+def starts_a_program():
+    os.system("true")
+
+
+def unpickles():
+    pickle.loads(b"cos\ngetcwd\n(tR.")
+
+
 def hang():
     time.sleep(9)
 
@@ -129,13 +157,57 @@ def swallow():
 
 @pytest.mark.parametrize("fault, outcome", [
     (hang, "Hang: "), (hang_in_a_library, "Wrong: took"), (hold, "Wrong: took"), (swallow, "Wrong: HimapError"),
-    ({}.popitem, "KeyError: "),
+    ({}.popitem, "KeyError: "), (reads_elsewhere, "Wrong: reached open '/etc/hostname'"),
+    (writes_elsewhere, "Wrong: reached open "), (starts_a_program, "Wrong: reached os.system"),
+    (unpickles, "Wrong: reached pickle.find_class 'os'"),
 ])  # fmt: skip
 def test_faults_are_noticed(workspace, monkeypatch, fault, outcome):
     """A fuzzer that finds nothing because it looks away."""
-    monkeypatch.setattr(fuzz.limits.__wrapped__, "__defaults__", (1, 200 * 2**20))
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "BYTES", 200 * 2**20)
     monkeypatch.setattr(Workspace, "_use", lambda *_: fault())
     assert attempt(workspace, "questions.json", b"").startswith(outcome)
+
+
+def test_lost_guards_are_noticed(workspace, monkeypatch):
+    """A picture, a shard or a function from elsewhere, whose use ends in one of our errors as if it were refused."""
+    elsewhere = json.dumps([fuzz.QUESTIONS[1] | {"image": "/etc/hostname"}]).encode()
+    assert attempt(workspace, "questions.json", elsewhere) == "refused"
+    monkeypatch.setattr(questions, "_inside", lambda folder, name: folder / name)
+    assert attempt(workspace, "questions.json", elsewhere).startswith("Wrong: reached open '/etc/hostname'")
+
+    index = json.dumps({"weight_map": {"a": "../model/model.safetensors"}}).encode()
+    assert attempt(workspace, f"sharded/{fuzz.INDEX}", index) == "refused"
+    monkeypatch.setattr(fuzz, "tensor_files", lambda folder: [folder / "../model/model.safetensors"])
+    assert attempt(workspace, f"sharded/{fuzz.INDEX}", index) == "Wrong: a shard in another folder"
+    monkeypatch.undo()
+
+    function = json.dumps({"stages": "1:2:os:getcwd"}).encode()
+    assert attempt(workspace, "model/himap.json", function) == "refused"
+    monkeypatch.setattr(methods, "_find_score", lambda name, trusted: methods._own_score(name))
+    assert attempt(workspace, "model/himap.json", function) == "Wrong: a score that is not one of ours"
+
+
+def test_misread_files_are_noticed(workspace, monkeypatch):
+    """A configuration of which a field is passed over, questions of which one is lost: fine, as far as anybody sees."""
+
+    def all_but_eps(cls, data):
+        return {name: value for name, value in known(cls, data).items() if "eps" not in name}
+
+    monkeypatch.setattr(config, "known", all_but_eps)
+    outcome = attempt(workspace, "model/config.json", (workspace.root / "model/config.json").read_bytes())
+    assert outcome == "Wrong: rms_norm_eps is 1e-06, the file says 1e-05"
+    monkeypatch.undo()
+    monkeypatch.setattr(image, "known", lambda cls, data: known(cls, data | {"image_std": (1.0, 1.0, 1.0)}))
+    for name in ("model/preprocessor_config.json", "newer/processor_config.json"):
+        outcome = attempt(workspace, name, (workspace.root / name).read_bytes())
+        assert outcome == "Wrong: image_std is (1.0, 1.0, 1.0), the file says (0.5, 0.5, 0.5)"
+    monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[:2])
+    outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
+    assert outcome.startswith("ValueError: zip() argument 2 is longer")
+    monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[::-1])
+    outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
+    assert outcome == "Wrong: entry '3' is not what the file holds"
 
 
 def test_command_survives_a_worker(monkeypatch, capsys):

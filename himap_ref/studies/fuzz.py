@@ -4,8 +4,10 @@
 
 Whole files of a small random model, pictures and questions are damaged, in their bytes or in their JSON, and used as
 run.py and the studies use them. A failure is any other exception, a process that dies, takes longer than SECONDS or
-more than BYTES, and a tensor that is not bit for bit what stands at the place that the file's header names. Whether the
-header tells the truth cannot be known: with two tensors of one shape exchanged it is another file, not a broken one.
+more than BYTES, a tensor that is not bit for bit what stands at the place that the file's header names, a size or an
+answer that is not the file's, and whatever reaches beyond the folder: a file opened elsewhere, a program started, a
+connection, a function that is not ours. Whether a header tells the truth cannot be known: with two tensors of one shape
+exchanged it is another file, not a broken one.
 
 A case follows from the seed and its number. Those that fail are printed and, with --keep, written to a file that
 tests/test_fuzz.py reads.
@@ -29,29 +31,37 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import is_dataclass
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from ..config import LlavaConfig
+from ..config import LlavaConfig, read_json
 from ..errors import HimapError, run_command
+from ..image import ImageProcessor
 from ..model import Llava
 from ..weights import rename, tensor_files
 from .methods import parse_method
 from .options import EMBEDDED
-from .questions import parse_questions
+from .questions import Example, parse_questions
 from .scenes import TEST, draw, make_scene
 
 SECONDS, BYTES = 20, 2**30  # what one case may take
+PICTURE_BYTES = 5 * 2**29  # 150 million pixels, each as four bytes, and what is made of them
 COPIED = ("generation_config.json", "tokenizer.json", "preprocessor_config.json")  # from the embedded model
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 PICTURES = {  # name: Pillow's mode
     "x.png": "RGB", "x.jpg": "RGB", "x.gif": "P", "x.webp": "RGB", "x.bmp": "RGB", "x.tiff": "RGB", "grey.png": "I;16",
-    "palette.png": "P", "alpha.webp": "RGBA",
+    "palette.png": "P", "alpha.webp": "RGBA", "x.ppm": "RGB", "x.jp2": "RGB", "x.avif": "RGB",
 }  # fmt: skip
+PICTURES = {  # an older Pillow cannot write all of them: other cases there under the same numbers
+    name: mode for name, mode in PICTURES.items() if Image.registered_extensions()[Path(name).suffix] in Image.SAVE
+}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FILES = (  # each as likely as the others
     *(f"model/{name}" for name in ("config.json", "himap.json", WEIGHTS, WEIGHTS, *COPIED)),
     "original/config.json", "newer/processor_config.json", f"sharded/{INDEX}", f"sharded/{SHARDS[0]}",
@@ -87,12 +97,12 @@ def write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """By hand, because the library's own writer needs NumPy; fp32 only."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: str = "F32") -> None:
+    """By hand, because the library's own writer needs NumPy."""
     header, body = {}, b""
     for name, tensor in tensors.items():
-        data = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(data)]}
+        data = bytes(tensor.to(DTYPES[dtype]).contiguous().view(torch.uint8).flatten().tolist())
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(data)]}
         body += data
     path.write_bytes(join_safetensors(header, body))
 
@@ -131,8 +141,9 @@ def build(root: Path) -> None:
     (root / "sharded" / WEIGHTS).unlink()
     shard_of = {name: SHARDS[number % 2] for number, name in enumerate(tensors)}
     write_json(root / "sharded" / INDEX, {"metadata": {}, "weight_map": shard_of})
-    for shard in SHARDS:
-        write_tensors(root / "sharded" / shard, {name: t for name, t in tensors.items() if shard_of[name] == shard})
+    for shard, dtype in zip(SHARDS, ("F16", "BF16"), strict=True):
+        here = {name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}
+        write_tensors(root / "sharded" / shard, here, dtype)
     processor = (root / "newer" / COPIED[2]).rename(root / "newer" / "processor_config.json")
     write_json(processor, {"image_processor": json.loads(processor.read_bytes())})
     (root / "original").mkdir()
@@ -159,35 +170,48 @@ class Workspace:
     """Whole files in a new folder, of which one at a time is replaced and used."""
 
     def __init__(self, root: Path):
-        self.root = root
-        build(root)
-        self.model = Llava.from_pretrained(root / "model")
+        self.root = root.resolve()
+        build(self.root)
+        _listen()
+        self.model = Llava.from_pretrained(self.root / "model")
 
     def use(self, name: str, data: bytes) -> str:
         """Returns "fine" or "refused"; every other exception goes through."""
         path, whole = self.root / name, (self.root / name).read_bytes()
         path.write_bytes(data)
         try:
-            self._use(path)
-            return "fine"
+            with watched(self.root) as seen:
+                self._use(path)
+            outcome = "fine"
         except HimapError as error:
             if "\n" in str(error) or isinstance(error.__context__, MemoryError):
                 raise Wrong(repr(error)) from error
-            return "refused"
+            outcome = "refused"
         finally:
             path.write_bytes(whole)
+        if seen:
+            raise Wrong(f"reached {seen[0]}")
+        return outcome
 
     def _use(self, path: Path) -> None:
         if path.parent.name == "pictures":
             self.model.preprocess(path)
         elif path.parent == self.root:
-            for example in parse_questions(path.read_bytes(), self.root / "pictures", path.name):
+            examples = parse_questions(path.read_bytes(), self.root / "pictures", path.name)
+            check_questions(examples, path.read_text("utf-8-sig"))
+            for example in examples:
                 self.model.encode(example.question)
                 example.picture()
         else:
+            if any(file.parent != path.parent for file in tensor_files(path.parent)):
+                raise Wrong("a shard in another folder")
             model = Llava.from_pretrained(path.parent)
             check_faithful(model, path.parent)
+            check_config(model.config, read_json(path.parent / "config.json"))
+            check_processor(model.image_processor, path.parent)
             stages = parse_method("himap", model).stages
+            if any(getattr(stage.score, "func", stage.score).__module__ not in OURS for stage in stages):
+                raise Wrong("a score that is not one of ours")
             answer = model.generate(self.root / "pictures" / "x.png", "What color is the star?", stages, 2)
             if answer.image_span[1] - answer.image_span[0] != 4:
                 raise Wrong(f"image tokens at {answer.image_span}")
@@ -204,14 +228,95 @@ def check_faithful(model: Llava, folder: Path) -> None:
             raise Wrong(f"{path.name}: two tensors share bytes")
         for theirs, entry in used.items():
             ours, (start, stop) = loaded[rename(theirs)], entry["data_offsets"]
-            dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-            data = torch.tensor(list(body[start:stop]), dtype=torch.uint8).view(dtype[entry["dtype"]])
+            data = torch.tensor(list(body[start:stop]), dtype=torch.uint8).view(DTYPES[entry["dtype"]])
             expected = data.view(entry["shape"]).to(ours.dtype)
             if ours.shape != expected.shape or not torch.equal(ours.view(torch.int32), expected.view(torch.int32)):
                 raise Wrong(f"{theirs} is not what {path.name} holds")
             seen[rename(theirs)] += 1
     if seen != Counter(dict.fromkeys(loaded, 1)):
         raise Wrong(f"parameters not read once: {[name for name in loaded if seen[name] != 1]}")
+
+
+def check_config(config: LlavaConfig, data: dict) -> None:
+    """Raises Wrong unless each field that the file names has the file's value."""
+    text = data.get("text_config") or {}
+    text = {**text, **(text.get("rope_parameters") or {})}
+    if data.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = data["tie_word_embeddings"]
+    vision = data.get("vision_config") or {}
+    for part, said in ((config, data), (config.vision_config, vision), (config.text_config, text)):
+        for name, value in vars(part).items():
+            if not is_dataclass(value) and said.get(name) not in (None, value):
+                raise Wrong(f"{name} is {value!r}, the file says {said[name]!r}")
+
+
+def check_processor(processor: ImageProcessor, folder: Path) -> None:
+    """Raises Wrong unless the pixels become numbers as the file says."""
+    own = folder / "preprocessor_config.json"
+    data = read_json(own) if own.exists() else read_json(folder / "processor_config.json").get("image_processor") or {}
+    steps = {"image_mean": "do_normalize", "image_std": "do_normalize", "rescale_factor": "do_rescale"}
+    for name in ("resample", *steps):
+        said, ours = data.get(name), getattr(processor, name)
+        said = tuple(said) if isinstance(said, list) else said
+        if data.get(steps.get(name)) is not False and said not in (None, ours):
+            raise Wrong(f"{name} is {ours!r}, the file says {said!r}")
+
+
+def check_questions(examples: list[Example], text: str) -> None:
+    """Raises Wrong unless every entry of the file is there, with its own id and answers."""
+    lines = [text] if text.lstrip().startswith("[") else [line for line in text.split("\n") if line.strip()]
+    entries = [json.loads(line) for line in lines]
+    entries = entries[0] if text.lstrip().startswith("[") else entries
+    for example, entry in zip(examples, entries, strict=True):
+        if not {example.id, *example.answers} <= {str(leaf) for leaf in leaves(entry)}:
+            raise Wrong(f"entry {example.id!r} is not what the file holds")
+
+
+def leaves(tree: object) -> Iterator:
+    """All that is in a JSON value and is neither an object nor a list."""
+    inside = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
+    if inside is None:
+        yield tree
+    for each in inside or ():
+        yield from leaves(each)
+
+
+# ---------------------------------------------------------------- beyond the folder
+
+OURS = ("himap_ref.pruning", "himap_ref.studies.methods")
+REACHING = {  # events of the interpreter (PEP 578); what a library does by itself, in C, it does not hear of
+    "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "socket.getaddrinfo",
+    "pickle.find_class",
+}  # fmt: skip
+_watching: tuple[tuple[str, ...], list[str]] | None = None  # folders that may be read, and what else was reached
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[str]]:
+    """Yields a list of what is reached outside `folder` and Python's own files, to read afterwards."""
+    global _watching
+    own = (folder, Path(__file__).parents[2], sys.prefix, sys.base_prefix, *sys.path, "/proc/self", os.devnull)
+    _watching = tuple(os.path.realpath(place) + os.sep for place in own if place), []
+    try:
+        yield _watching[1]
+    finally:
+        _watching = None
+
+
+def _hear(event: str, args: tuple) -> None:
+    if _watching is None or event != "open" and event not in REACHING:
+        return
+    folders, seen = _watching
+    path = args[0] if args else ""
+    inside = event == "open" and (isinstance(path, int) or (os.path.realpath(path) + os.sep).startswith(folders))
+    if not inside:
+        seen.append(f"{event} {path!r}")
+
+
+@cache
+def _listen() -> None:
+    """Once: no hook is ever taken away again."""
+    sys.addaudithook(_hear)
 
 
 # ---------------------------------------------------------------- damage
@@ -360,7 +465,7 @@ class Hang(BaseException):
 
 
 @contextmanager
-def limits(seconds: float = SECONDS, size: int = BYTES) -> Iterator[None]:
+def limits(seconds: float, size: int) -> Iterator[None]:
     """Raises Hang after so many seconds, Wrong if it took them all the same or so many bytes more than before."""
 
     def stop(*_):
@@ -396,7 +501,7 @@ def case(workspace: Workspace, seed: int, number: int) -> tuple[str, bytes]:
 def attempt(workspace: Workspace, name: str, data: bytes) -> str:
     """Returns "fine", "refused", or what went wrong."""
     try:
-        with limits():
+        with limits(SECONDS, PICTURE_BYTES if name.startswith("pictures") else BYTES):
             return workspace.use(name, data)
     except (KeyboardInterrupt, SystemExit):
         raise
