@@ -5,6 +5,7 @@ words of a library, which change with its version.
 """
 
 import copy
+import importlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -33,7 +35,9 @@ from himap_ref.image import ImageProcessor, load_image
 from himap_ref.studies import evaluate
 from himap_ref.studies.fuzz import CONFIG, build_model, join_safetensors, split_safetensors, write_json
 from himap_ref.studies.options import revision_of
+from himap_ref.studies.plots import check_writable, write_text, write_whole
 from himap_ref.studies.records import Records
+from himap_ref.studies.train import save_state
 from himap_ref.weights import find_device, find_folder
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +51,20 @@ def whole(tmp_path_factory):
     """A whole folder of weights: 4 image tokens, 3 decoder layers, a context of 200."""
     build_model(tmp_path_factory.mktemp("weights") / "whole")
     return next(tmp_path_factory.getbasetemp().glob("weights*/whole"))
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """To wait for ever, such as for the other side of a pipe, is one failure and not the end of all tests."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
@@ -147,10 +165,13 @@ def test_picture(refused, tmp_path, data, reason):
     (".", "[Errno 21] Is a directory: '{path}'"),
     ("/proc/self/mem", "[Errno 5] Input/output error"),  # which not even root can read
     ("link", "[Errno 40] Too many levels of symbolic links: '{path}'"),
+    ("pipe", "a pipe or a device, not a file"),
+    ("/dev/zero", "a pipe or a device, not a file"),
     ("locked.png", "[Errno 13] Permission denied: '{path}'"),
 ])  # fmt: skip
 def test_picture_path(refused, tmp_path, path, reason):
     (tmp_path / "link").symlink_to(tmp_path / "link")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "locked.png").write_bytes(encoded("PNG"))
     (tmp_path / "locked.png").chmod(0)
     path = tmp_path / path
@@ -194,6 +215,8 @@ def test_pictures_in_memory():
 # ---------------------------------------------------------------- prompts and arguments
 
 SCORES = "text_to_image, image_to_image, ... or module:function"
+TEMPLATE = "the template must hold <image> once and, after it, {question}"
+NINES = "9" * 5000  # more digits than Python makes a number of
 UNICODE = "the prompt cannot be tokenised: is it valid Unicode? (...)"
 KEEP = "expected a count of at least 1 or a share in (0, 1]"
 ARGUMENTS = [
@@ -202,8 +225,10 @@ ARGUMENTS = [
     (["--prompt", "what \ud800?"], UNICODE),
     (["--prompt", "caf\udce9"], UNICODE),  # a byte that is no UTF-8, as Python hands it over
     (["--prompt", "word " * 300], "the prompt has 1614 tokens, the model's context 200: shorten the prompt"),
-    (["--template", "<image>"], "the template must hold <image> once and, after it, {question}"),
-    (["--template", "{question}<image>"], "the template must hold <image> once and, after it, {question}"),
+    (["--template", ""], TEMPLATE),
+    (["--template", "<image>"], TEMPLATE),
+    (["--template", "{question}<image>"], TEMPLATE),
+    (["--template", "<image><image>{question}"], TEMPLATE),
     (["--stages", "99:0.5:text_to_image"], "stage layer 99 does not exist: the decoder's layers are 0..2"),
     (["--stages", "3:0.5:text_to_image"], "stage layer 3 does not exist: the decoder's layers are 0..2"),
     (["--stages", "0:0.5:text_to_image"], "stage layer 0: expected a whole number from 1 (layer K-1 ranks)"),
@@ -218,6 +243,10 @@ ARGUMENTS = [
     (["--stages", "x:1:random"], "stage 'x:1:random': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
     (["--stages", "1:half:random"], "stage '1:half:random': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
     (["--stages", "1:nan:random"], "stage '1:nan:random': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
+    (["--stages", "1:1e999:random"], "stage '1:1e999:random': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
+    (["--stages", "1:1.e999:random"], f"stage keep inf: {KEEP}"),
+    (["--stages", f"{NINES}:1:random"], "stage '999...:1:random': expected LAYER:KEEP:SCORE, such as ..."),
+    (["--stages", f"1:1:random{NINES}"], f"score 'random999...' is unknown: expected {SCORES}"),
     (["--stages", "1:0.5"], "stage '1:0.5': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
     (["--stages", "1:1:random,"], "stage '': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
     (["--stages", "1:1:nonsense"], f"score 'nonsense' is unknown: expected {SCORES}"),
@@ -227,14 +256,19 @@ ARGUMENTS = [
     (["--method", "himap-paper"], "stage layer 8 does not exist: the decoder's layers are 0..2"),
     (["--method", "cls:0"], "cls:0: the picture has 4 image tokens: keep 1 to 4"),
     (["--method", "cls:x"], "method 'cls:x': expected cls:NUMBER, such as cls:9"),
+    (["--method", f"cls:{NINES}"], "method 'cls:999...': expected cls:NUMBER, such as cls:9"),
+    (["--method", f"random{NINES}"], "method 'random999...' is unknown: expected ..., cls:TOKENS, pool:SIDE or stages"),
     (["--method", "pool:3"], "pool:3: the picture has 2 x 2 image tokens: a side of 1 to 2"),
     (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or more"),
+    (["--temperature=-1e999"], "temperature -inf: must be 0 (greedy) or more"),
     (["--temperature", "nan"], "temperature nan: must be 0 (greedy) or more"),
     (["--top-p", "0"], "top_p 0.0: must be in (0, 1]"),
+    (["--top-p", "1e999"], "top_p inf: must be in (0, 1]"),
     (["--top-p", "nan"], "top_p nan: must be in (0, 1]"),
     (["--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
     (["--seed", str(2**64)], f"seed {2**64}: must be in [0, 2^63)"),
     (["--seed", "-1"], "seed -1: must be in [0, 2^63)"),
+    (["--device", ""], "device '': not available for torch.bfloat16 (...)"),
     (["--device", "cuda:99"], "device 'cuda:99': not available for torch.bfloat16 (...)"),
     (["--device", "meta"], "device 'meta': not available for torch.bfloat16 (...)"),
     (["--device", "hpu"], "device 'hpu': not available for torch.bfloat16 (...)"),
@@ -254,6 +288,21 @@ def test_argument(refused, args, message):
     refused(message, *args)
 
 
+@pytest.mark.parametrize("args", [
+    ["--max-new-tokens", "1e3"], ["--max-new-tokens", NINES], ["--seed", "0.5"], ["--temperature", "warm"],
+    ["--dtype", "int8"], ["--no-such-option"],
+], ids=lambda args: args[-1][:10])  # fmt: skip
+def test_what_is_no_number(ask, args):
+    """A traceback out of the conversion. Python's own reader of arguments says how they are meant, then the error."""
+    status, out, err = ask(*args)
+    assert (status, out) == (2, "") and err.splitlines()[-1].startswith("run.py: error: ") and "Traceback" not in err
+
+
+def test_revision_of_a_folder(refused, whole):
+    """A commit asked for, and whatever lies in a folder of that name used: pinned to nothing."""
+    refused(f"revision 'v1': '{whole}' is a folder, which has no other: leave it out", "--revision", "v1")
+
+
 @pytest.mark.parametrize("prompt", ["What is <image>?", "<s></s><pad>", "a\0b", "{question} {} %s ${x}", "\u200b"])
 def test_odd_prompts_are_text(ask, prompt):
     """A second picture, the end of the prompt, a format field or the end of a C string seen in what is only text."""
@@ -268,6 +317,7 @@ def number(view): return 7
 def fails(view):
     return 1 / 0
 value = 3
+def infinite(view): return torch.full((1, 4), float("inf"))
 """
 OWN_SCORES = [
     ("nowhere:f", "score 'nowhere:f' cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
@@ -281,6 +331,7 @@ OWN_SCORES = [
     ("own:shape", "score 'shape' at layer 1 returned [1, 3], not (B, N) = [1, 4]"),
     ("own:number", "score 'number' at layer 1 returned int, not (B, N) = [1, 4]"),
     ("own:nan", "score 'nan' at layer 1 gave NaN or infinite values..."),
+    ("own:infinite", "score 'infinite' at layer 1 gave NaN or infinite values..."),
     ("os:getcwd", "score 'os:getcwd' failed at ... (TypeError: ...)"),
 ]
 
@@ -350,6 +401,16 @@ def in_place(name, make):
         make(folder / name)
 
     return damage
+
+
+def shard_that_is_a_pipe(folder):
+    index({"a": WEIGHTS, "b": "2.safetensors"})(folder)
+    os.mkfifo(folder / "2.safetensors")
+
+
+def tensors_in_two_shards(folder):
+    index({QUERY: WEIGHTS, OUTPUT: "zzz.safetensors"})(folder)
+    shutil.copy(folder / WEIGHTS, folder / "zzz.safetensors")
 
 
 def cut(folder):
@@ -425,17 +486,22 @@ FOLDERS = {  # what is wrong: (damage, line)
     "config.json a folder": (in_place("config.json", Path.mkdir), "{config} ([Errno 21] Is a directory: ...)"),
     "config.json unreadable": (link("config.json", "/proc/self/mem"), "{config} ([Errno 5] Input/output error)"),
     "config.json endless": (link("config.json", "/dev/zero"), "{config} (...)"),
+    "config.json a pipe": (in_place("config.json", os.mkfifo), "{config} (a pipe or a device, not a file)"),
     "config.json cut": (write("config.json", '{"model_ty'), "{config} (Unterminated string ...)"),
     "config.json a list": (write("config.json", "[]"), "{folder}/config.json: expected a JSON object"),
     "config.json binary": (write("config.json", b"\xff\xfe\x00"), "{config} (...)"),
     "config.json too deep": (write("config.json", "[" * 100_000), "{config} (...recursion...)"),
-    "no tokenizer": (remove("tokenizer.json"), "{tokenizer} (No such file ...)"),
+    "no tokenizer": (remove("tokenizer.json"), "{tokenizer} ([Errno 2] No such file ...)"),
+    "tokenizer a pipe": (in_place("tokenizer.json", os.mkfifo), "{tokenizer} (a pipe or a device, not a file)"),
+    "tokenizer endless": (link("tokenizer.json", "/dev/zero"), "{tokenizer} (a pipe or a device, not a file)"),
     "tokenizer is none": (write("tokenizer.json", "{}"), "{tokenizer} (...)"),
     "tokenizer binary": (write("tokenizer.json", b"\xff"), "{tokenizer} (...)"),
     "tokenizer without <image>": (without_added_tokens, "{no_image}"),
     "tokenizer of another model": (foreign_tokenizer, "{foreign}"),
     "no weights": (remove(WEIGHTS), "{none}"),
     "weights a folder": (in_place(WEIGHTS, Path.mkdir), "{none}"),
+    "weights a pipe": (in_place(WEIGHTS, os.mkfifo), "{none}"),
+    "pickle under another name": (write(WEIGHTS, b"cos\nsystem\n(S'exit 1'\ntR."), "{unreadable} (...)"),
     "pickle": (pickle, "{folder}: pytorch_model.bin {pickle}"),
     "cut": (cut, "{unreadable} (...)"),
     "empty": (write(WEIGHTS, b""), "{unreadable} (...)"),
@@ -482,6 +548,8 @@ FOLDERS = {  # what is wrong: (damage, line)
         lambda folder: shutil.copy(folder / WEIGHTS, folder / "zzz.safetensors"),
         "{folder}/zzz.safetensors: tensor ... appears twice",
     ),
+    "a tensor in two shards": (tensors_in_two_shards, "{folder}/zzz.safetensors: tensor ... appears twice"),
+    "a shard that is a pipe": (shard_that_is_a_pipe, "{folder}: shard 2.safetensors is missing: download it again"),
     "index ../": (index({"a": "../x.safetensors"}), "{index}: shard '../x.safetensors' lies outside the folder"),
     "index absolute": (index({"a": "/x.safetensors"}), "{index}: shard '/x.safetensors' lies outside the folder"),
     "index ..": (index({"a": ".."}), "{folder}: shard .. is missing: download it again"),
@@ -534,7 +602,7 @@ CONFIGS = [  # section, its entry, the value, the line
     ("text_config", "num_attention_heads", 3, "hidden_size 8, 3 heads of 2.66667: RoPE needs an even size"),
     ("text_config", "head_dim", 3, "hidden_size 8, 2 heads of 3: RoPE needs an even size"),
     ("text_config", "num_key_value_heads", 3, "2 attention heads do not divide into 3 key/value heads"),
-    ("text_config", "num_key_value_heads", 0, "TextConfig.num_key_value_heads 0: expected int | None, 1 to 524288"),
+    ("text_config", "num_key_value_heads", 0, "TextConfig.num_key_value_heads 0: expected int, 1 to 524288"),
     ("text_config", "hidden_size", None, f"TextConfig.hidden_size None: {SIZE}"),
     ("text_config", "hidden_size", True, f"TextConfig.hidden_size True: {SIZE}"),
     ("text_config", "hidden_size", 8.0, f"TextConfig.hidden_size 8.0: {SIZE}"),
@@ -675,6 +743,7 @@ def study(monkeypatch, capsys, whole):
 ENTRY = {"id": 1, "image": "b.png", "text": "Why?", "label": "x"}
 LIST = "{file}: expected a JSON list, or one JSON object a line"
 OUT = "leads out of the image folder: choose a folder that it is in"
+NONE = "no question could be asked; the first: "
 NO_PATH = "is not a path: correct it, or remove the entry"
 QUESTIONS = {  # what is wrong: (the file's contents, or its entries, line)
     "empty": ("", "{file}: holds no questions"),
@@ -687,10 +756,16 @@ QUESTIONS = {  # what is wrong: (the file's contents, or its entries, line)
     "picture ../": ([ENTRY | {"image": "../b.png"}], "{file}: entry 1: image '../b.png' " + OUT),
     "picture absolute": ([ENTRY | {"image": "/b.png"}], "{file}: entry 1: image '/b.png' " + OUT),
     "picture through a link": ([ENTRY | {"image": "link"}], "{file}: entry 1: image 'link' " + OUT),
+    "picture a pipe": ([ENTRY | {"image": "pipe"}], NONE + "{folder}/pipe: cannot be read as a picture (a pipe ...)"),
+    "picture the folder": ([ENTRY | {"image": "."}], NONE + "{folder}: cannot be read as a picture ([Errno 21] ...)"),
+    "kind of two lines": (
+        [ENTRY | {"category": "a\n\x1b[31m"}],
+        "{file}: entry 1: `category`: expected a line of text, not 'a\\n\\x1b[31m'",
+    ),
     "picture with a NUL": ([ENTRY | {"image": "a\0"}], "{file}: entry 1: image 'a\\x00' " + NO_PATH),
-    "no such picture": ([ENTRY | {"image": "a.png"}], "no question could be asked; the first: {folder}/a.png: ..."),
-    "half a letter": ([ENTRY | {"text": "a\ud800?"}], "no question could be asked; the first: " + UNICODE),
-}
+    "no such picture": ([ENTRY | {"image": "a.png"}], NONE + "{folder}/a.png: ..."),
+    "half a letter": ([ENTRY | {"text": "a\ud800?"}], NONE + UNICODE),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("data, message", QUESTIONS.values(), ids=QUESTIONS)
@@ -699,11 +774,59 @@ def test_question_file(study, tmp_path, data, message):
     folder.mkdir()
     noise(40, 30).save(folder / "b.png")
     (folder / "link").symlink_to("/etc/hostname")
+    os.mkfifo(folder / "pipe")
     file.write_bytes((data if isinstance(data, str) else json.dumps(data)).encode("latin-1"))
     status, out, err = study("--questions", file, "--image-folder", folder, "--out", tmp_path / "a.jsonl")
     expected = re.escape(f"error: {message.format(file=file, folder=folder)}").replace(re.escape("..."), ".*")
     assert re.fullmatch(expected, err.splitlines()[-1]), err  # before it the bar of the questions that were tried
     assert (status, out) == (2, "") and "Traceback" not in err
+
+
+def test_an_id_is_told_harmlessly(study, tmp_path):
+    """A terminal that obeys a question file: beside each question's error stands its id."""
+    write_json(tmp_path / "questions.json", [ENTRY | {"id": "a\n\x1b[31m", "image": "no.png"}])
+    status, _, err = study("--questions", tmp_path / "questions.json", "--image-folder", tmp_path, "--out", tmp_path)
+    assert status == 2 and r"a\n\x1b[31m: " in err and "\x1b[31m" not in err
+
+
+STUDIES = [  # study, its arguments, line
+    ("literature", ["--image", 0], "--system from 0, --image and --text from 1, together at most 2^20 tokens"),
+    ("literature", ["--text", 10**30], "--system from 0, --image and --text from 1, together at most 2^20 tokens"),
+    ("scenes", ["--seed", -1], "--seed -1: must be 0 or more"),
+    ("scenes", ["--out", "x.zzz"], "x.zzz: this kind of picture cannot be written: end its name in .png"),
+    ("scenes", ["--out", "/dev/full/x.png"], "/dev/full/x.png: cannot be written (...): choose another file"),
+    ("train", ["--lr", "nan"], "--lr: above 0 and at most 1; --steps and --align-steps: 0 to 1000000"),
+    ("train", ["--steps", 10**30], "--lr: above 0 and at most 1; --steps and --align-steps: 0 to 1000000"),
+    ("train", ["--seed", 2**63], f"--seed {2**63}: must be in [0, 2^63)"),
+    ("train", ["--state", "junk"], "junk: no state of a training (...): remove it, or choose another --state"),
+    ("train", ["--state", "pickle"], "pickle: no state of a training (...): remove it, or choose another --state"),
+    ("flow", ["--show", "x.zzz"], "x.zzz: this kind of picture cannot be written: end its name in .png"),
+    ("flow", ["--scenes", 0], "0 scenes from seed ...: need at least 1, from a seed that is not negative"),
+    ("disruption", ["--batch", 0], "--batch and --max-new-tokens: must be at least 1"),
+    ("disruption", ["--layers", 10**30], f"layer {10**30} does not exist: the decoder's layers are 0..11"),
+    ("bias", ["--schedule", "2"], "--schedule '2': expected K1:KEEP1,K2:KEEP2, such as 2:0.5,8:0.25"),
+    ("sweep", ["--budgets", "nan"], "--budgets [nan]: expected shares of vanilla's FLOPs, above 0 and at most 1"),
+    ("sweep", ["--methods", "himap", "x"], "method 'x' is unknown: expected ..., cls:TOKENS, pool:SIDE or stages"),
+    ("evaluate", ["--limit", 0], "--limit 0: must be at least 1"),
+    ("evaluate", ["--out", "/dev/full/x.jsonl"], "/dev/full/x.jsonl: cannot be written (...)"),
+    ("evaluate", ["--revision", "v1"], "revision 'v1': '...' is a folder, which has no other: leave it out"),
+]
+
+
+@pytest.mark.parametrize("name, args, message", STUDIES, ids=[f"{name}-{args[0]}" for name, args, _ in STUDIES])
+def test_study_arguments(monkeypatch, capsys, tmp_path, name, args, message):
+    """An option that nobody looks at before it is deep inside, after hours."""
+    (tmp_path / "junk").write_bytes(b"junk")
+    (tmp_path / "pickle").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        run_command(importlib.import_module(f"himap_ref.studies.{name}").main)
+    out, err = capsys.readouterr()
+    expected = re.escape(f"error: {message}\n").replace(re.escape("..."), ".*")
+    assert re.fullmatch(expected, err), err
+    assert (stop.value.code, out) == (2, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"junk", "pickle"}
 
 
 def test_disk_full_for_the_results(study, tmp_path, monkeypatch):
@@ -737,12 +860,14 @@ class Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     fault = ""
+    asked = []  # paths
     ERRORS = {
         "missing": (404, "RepoNotFound", "Repository not found"),
         "gated": (403, "GatedRepo", "Access to model owner/name is restricted."),
         "no such revision": (404, "RevisionNotFound", "Revision Not Found"),
         "broken": (500, "", ""),
     }
+    FILES = {"reaches out": "../../../../out.json", "absolute": "/tmp/himap-absolute.json", "pickle": "model.bin"}
 
     def log_message(self, *_):
         pass
@@ -758,6 +883,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def do_GET(self):
+        self.asked.append(self.path)
         if self.fault in self.ERRORS:
             status, code, message = self.ERRORS[self.fault]
             self.answer(status, b"{}", X_Error_Code=code, X_Error_Message=message)
@@ -765,10 +891,11 @@ class Hub(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
         elif "/tree/" in self.path:
-            file = {"type": "file", "path": "config.json", "size": 5000, "oid": "a" * 40}
+            file = {"type": "file", "path": self.FILES.get(self.fault, "config.json"), "size": 5000, "oid": "a" * 40}
             self.answer(200, json.dumps([file]).encode(), Content_Type="application/json")
         elif "/api/" in self.path:
-            data = {"id": "owner/name", "sha": SHA, "siblings": [{"rfilename": "config.json"}]}
+            name = self.FILES.get(self.fault, "config.json")
+            data = {"id": "owner/name", "sha": SHA, "siblings": [{"rfilename": name}]}
             self.answer(200, json.dumps(data).encode(), Content_Type="application/json")
         else:
             length = 100 if self.fault == "interrupted" else 5000
@@ -792,6 +919,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's retries
     yield Hub
     Hub.fault = ""
+    Hub.asked.clear()
     server.shutdown()
     server.server_close()
 
@@ -835,6 +963,30 @@ def test_interrupted_download_goes_on(hub):
     assert revision_of(ROOT) is None
 
 
+@pytest.mark.parametrize("fault", Hub.FILES)
+def test_repository_of_other_files(hub, tmp_path, fault):
+    """A repository that writes outside the cache, by what it calls its files; a pickle downloaded."""
+    hub.fault = fault
+    with suppress(HimapError):
+        find_folder("owner/name")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"] and not Path(Hub.FILES["absolute"]).exists()
+    assert not {Path(name).name for name in Hub.FILES.values()} & {path.name for path in tmp_path.rglob("*")}
+
+
+def test_revision_is_asked_for(hub):
+    """--revision taken, and the newest commit downloaded."""
+    find_folder("owner/name", "v1")
+    assert any("/revision/v1" in path for path in hub.asked) and not any("/main" in path for path in hub.asked)
+
+
+def test_the_commit_is_told(ask, study, whole, tmp_path):
+    """Results that nobody can repeat, because the repository has moved on."""
+    folder = shutil.copytree(whole, tmp_path / "snapshots" / SHA)  # as it lies in the hub's cache
+    assert json.loads(ask("--json", "--weights", folder)[1])["revision"] == SHA
+    assert study("--weights", folder, "--scenes", 1, "--out", tmp_path / "a.jsonl")[0] == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["settings"]["revision"] == SHA
+
+
 # ---------------------------------------------------------------- the machine
 
 
@@ -853,27 +1005,99 @@ def test_disk_full_for_the_answer():
     assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_streams(whole, tmp_path, closed):
+    """A traceback where a service has closed one of them, or notes among the answers."""
+    number = {"stdout": 1, "stderr": 2}[closed]
+    args = "--weights", whole, "--image", "none", "--prompt", "Why?", "--max-new-tokens", 2
+    done = python("", ROOT / "run.py", *args, preexec_fn=lambda: os.close(number), cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert ("FLOPs" in done.stderr, "FLOPs" in done.stdout) == (closed == "stdout", False)
+
+
+def test_disk_full_for_the_notes(whole):
+    """A status of 1, as after a fault of ours, or 120."""
+    args = "--weights", whole, "--image", "none", "--prompt", "Why?", "--max-new-tokens", 2
+    with Path("/dev/full").open("w") as full:
+        done = python("", ROOT / "run.py", *args, stdout=subprocess.PIPE, stderr=full, capture_output=False)
+    assert done.returncode == 2
+
+
 def test_terminal_that_lacks_a_letter(ask, monkeypatch):
-    """A traceback in the middle of an answer."""
+    """A traceback in the middle of an answer, or of a study's table."""
     monkeypatch.setattr(Llava, "_streamer", lambda self, on_text: lambda token: on_text("\u732b"))
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     assert ask()[0] == 0
     assert terminal.buffer.getvalue() == b"\\u732b\\u732b\n"
+    monkeypatch.setattr(sys, "stdout", terminal := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    run_command(lambda: print("d\xb2"))
+    assert terminal.buffer.getvalue() == b"d\\xb2\n"
 
 
-def test_disk_full_for_the_picture(ask, tmp_path):
-    (tmp_path / "x.png").symlink_to("/dev/full")
-    status, _, err = ask("--show", tmp_path / "x.png")
-    assert (status, err) == (2, f"error: --show {tmp_path}/x.png: cannot be written (No space left on device)\n")
+@pytest.mark.parametrize("there_before", [True, False])
+def test_disk_full_for_the_picture(whole, tmp_path, there_before):
+    """Half a picture, or the one that was there lost. A limit on a file's size, which root has to heed, too."""
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+    code += "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    picture, before = tmp_path / "x.png", encoded("PNG") if there_before else None
+    (tmp_path / "asked.png").write_bytes(encoded("PNG"))
+    if there_before:
+        picture.write_bytes(before)
+    args = "--weights", whole, "--image", tmp_path / "asked.png", "--prompt", "Why?", "--max-new-tokens", 1
+    done = python(code, ROOT / "run.py", *args, "--show", picture)
+    message = f"error: {picture}: cannot be written (File too large): choose another file"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, message)
+    assert (picture.read_bytes() if there_before else None) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"asked.png"} | ({"x.png"} if there_before else set())
 
 
-def test_results_do_not_follow_links(tmp_path):
+@pytest.mark.parametrize("there_before", [True, False])
+def test_disk_full_for_a_table(tmp_path, there_before):
+    """The same of what the studies write when they are done."""
+    if there_before:
+        (tmp_path / "table.json").write_text("old")
+
+    def half(path):
+        path.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(HimapError, match=r"table.json: cannot be written \(No space left on device\): choose another"):
+        write_whole(tmp_path / "table.json", half)
+    assert [path.read_text() for path in tmp_path.iterdir()] == (["old"] if there_before else [])
+
+
+def test_disk_full_for_a_training(tmp_path):
+    """torch's traceback, of a kind of its own, and the state of hours ago lost."""
+    (tmp_path / "state.pt").write_text("old")
+    (tmp_path / "state.new").symlink_to("/dev/full")
+    with pytest.raises(HimapError, match=r"state.pt: cannot be written \(.+\)"):
+        save_state(tmp_path / "state.pt", "align", 1, torch.nn.Linear(100, 100), [])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("state.pt", "old")]
+
+
+def test_results_do_not_follow_links(ask, tmp_path):
     """A link that an archive brought along: somebody's file written to under the name of our results."""
-    (tmp_path / "evaluate.jsonl").symlink_to(tmp_path / "profile")
+    for name in ("evaluate.jsonl", "table.json", "x.png", ".new-x.png"):
+        (tmp_path / name).symlink_to(tmp_path / "profile")
     with pytest.raises(HimapError, match="evaluate.jsonl: cannot be written"):
         Records(tmp_path / "evaluate.jsonl", {})
+    write_text(tmp_path / "table.json", "{}")
+    check_writable(tmp_path / "x.png")
+    assert ask("--show", tmp_path / "x.png")[0] == 0
     assert not (tmp_path / "profile").exists()
+    assert not (tmp_path / "table.json").is_symlink() and Image.open(tmp_path / "x.png").format == "PNG"
+
+
+def test_the_current_folder_runs_nothing(tmp_path):
+    """`python run.py --weights .` in somebody's folder: Pillow tries to import what it can do without, and finds it."""
+    score = "def score(view): return view.hidden[:, view.image, 0]"
+    for name in ("numpy", "olefile", "defusedxml", "cffi", "hf_xet", "brotli", "mine"):
+        (tmp_path / f"{name}.py").write_text(f"open('ran-{name}', 'w')\n{score}")
+    done = python("", ROOT / "run.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "yellow\n") and not list(tmp_path.glob("ran-*"))
+    assert python("", ROOT / "run.py", "--stages", "2:9:mine:score", cwd=tmp_path).returncode == 0
+    assert [path.name for path in tmp_path.glob("ran-*")] == ["ran-mine"]  # what was typed, and no more
 
 
 OOM = "out of memory: fewer questions at a time, --dtype bfloat16 or a smaller model need less"
@@ -918,6 +1142,24 @@ def test_ctrl_c(ask, monkeypatch, where):
     assert status == 130 and err == "" and out.count("\n") <= 1
 
 
+@pytest.mark.parametrize("module", ["torch", "torch.nn", "tokenizers", "himap_ref.vision", "himap_ref.image"])
+def test_ctrl_c_while_libraries_load(tmp_path, module):
+    """A page of traceback for a key pressed in the first seconds: a signal comes when `module` is about to load."""
+    code = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
+class Key:
+    def find_spec(self, name, *_):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Key())
+run, module = sys.argv.pop(1), sys.argv[-1]
+runpy.run_path(run, run_name="__main__")
+"""
+    done = python(code, ROOT / "run.py", "--template", module)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_ctrl_c_in_a_study(monkeypatch, tmp_path, capsys, whole):
     """What was answered before lost, or asked a second time."""
     out = tmp_path / "a.jsonl"
@@ -947,7 +1189,8 @@ def test_a_real_ctrl_c(tmp_path, whole):
     out = tmp_path / "a.jsonl"
     command = [sys.executable, "-m", "himap_ref.studies.evaluate", "--weights", whole, "--scenes", "500", "--out", out]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background it is ignored
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options) as process:
         while process.poll() is None and not (out.exists() and out.stat().st_size > 3000):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
