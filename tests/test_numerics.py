@@ -28,6 +28,7 @@ METHODS = ["none", "himap", "vtw", "cls:20", "pool:4", *(f"2:0.5:{name},8:0.5:{n
 EXAMPLES = [example for example in scene_examples(6) if example.kind == "color"]
 EXAMPLE = WEIGHTS / "example.png", "What color is the star?"
 NAN = float("nan")
+SAMPLED = {"temperature": 5.0, "seed": 4}  # so hot that nearly every token is drawn
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +74,7 @@ def test_scores_are_fp32(at, dtype, name):
     def spy(view):
         scores, rows = SCORES[name](view), view.maps(view.all).sum(dim=-1)
         assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-5)
-        maps = view.maps
-        view.maps = lambda rows: maps(rows).double()
+        view.attention = lambda rows, columns: view.maps(rows).double().mean(dim=1)[..., columns]
         assert_close(scores, SCORES[name](view).float(), rtol=1e-5, atol=1e-7)
         seen.append(scores)
         return scores
@@ -107,7 +107,7 @@ def test_own_score_in_half_is_ranked(at, dtype):
 
 # ---------------------------------------------------------------- weights that give NaN
 
-LATER = EXAMPLES[0]  # its first token's embedding is only looked at when the second token is made
+LATER = EXAMPLES[-1]  # its first token's embedding is only looked at when the second token is made
 
 
 def damaged(model, where, value=NAN):
@@ -211,7 +211,7 @@ def facts(model, **options):
 
 
 def every_fact(at):
-    return {str(dtype): [facts(at(dtype), **options) for options in ({}, {"temperature": 1.5, "seed": 3})]
+    return {str(dtype): [facts(at(dtype), **options) for options in ({}, SAMPLED)]
             for dtype in DTYPES}  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def test_run_to_run(at):
     code = (
         "import json, sys, torch; sys.path.append('tests'); import test_numerics as t\n"
         "models = {d: t.Llava.from_pretrained(t.WEIGHTS, d) for d in t.DTYPES}\n"
-        "torch.set_num_threads(1); print(json.dumps(t.every_fact(models.get)))"
+        "torch.manual_seed(5); torch.set_num_threads(1); print(json.dumps(t.every_fact(models.get)))"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
@@ -231,8 +231,8 @@ def test_run_to_run(at):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_and_batch_change_no_answer(at, dtype):
     """Answers, or in fp32 kept tokens, that differ with the machine: by more than the order of a sum explains."""
-    model, sampled = at(dtype), {"temperature": 1.5, "seed": 3}
-    for options in ({}, sampled) if dtype == torch.float32 else ({},):  # a draw may fall between two halves' roundings
+    model = at(dtype)
+    for options in ({}, SAMPLED) if dtype == torch.float32 else ({},):  # a draw may fall between two halves' roundings
         with threads(1):
             want = facts(model, **options)
             alone = [facts(model, examples=[example], **options)[0] for example in EXAMPLES]
