@@ -141,7 +141,7 @@ class LayerCache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds tokens behind the cached ones and returns all."""
-        if self.k is None:  # the prompt's, as they are: an answer of one token never needs a buffer
+        if self.k is None or self.v is None:  # the prompt's, as they are: an answer of one token never needs a buffer
             self.k, self.v = k, v
             return k, v
         start, stop = self.k.shape[2], self.k.shape[2] + k.shape[2]
@@ -191,12 +191,14 @@ class LlamaDecoder(nn.Module):
     With tied embeddings there is no `lm_head`.
     """
 
+    layers: list[DecoderLayer]  # an nn.ModuleList, whose elements have no type
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
         vocabulary = torch.zeros(config.vocab_size, config.hidden_size)  # by hand: see the encoder's Embeddings
         self.embed_tokens = nn.Embedding.from_pretrained(vocabulary, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))  # type: ignore
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -278,19 +280,19 @@ class LlamaDecoder(nn.Module):
 
     def compute_prefix(self, inputs_embeds: Tensor) -> Prefix:
         """(1, p, d): the tokens that begin every prompt -> what `forward` needs of them."""
-        x, p, trace = inputs_embeds, inputs_embeds.shape[1], []
+        x, p, prefix = inputs_embeds, inputs_embeds.shape[1], Prefix([], [], [], [])
         cos_sin = rope(torch.arange(p, device=x.device)[None], self.config, x.dtype)
-        prefix = Prefix([], [], [], trace)
         for layer in self.layers:
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.keys_values(h, *cos_sin)
-            prefix.x.append(x), prefix.k.append(k), prefix.v.append(v)
+            for kept, new in ((prefix.x, x), (prefix.k, k), (prefix.v, v)):
+                kept.append(new)
             if len(prefix.k) == len(self.layers):  # nothing comes after the last layer's keys and values
-                trace.append(LayerTrace(kv=p, q=0, score_rows=0, rows=0, keys=p))
+                prefix.trace.append(LayerTrace(kv=p, q=0, score_rows=0, rows=0, keys=p))
                 break
             x = x + layer.self_attn.attend(layer.self_attn.queries(h, *cos_sin), k, v)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            trace.append(LayerTrace(kv=p, q=p, score_rows=0, rows=p, keys=p))
+            prefix.trace.append(LayerTrace(kv=p, q=p, score_rows=0, rows=p, keys=p))
         return prefix
 
     def decode(self, inputs_embeds: Tensor, position: int, cache: list[LayerCache]) -> tuple[Tensor, list[LayerTrace]]:

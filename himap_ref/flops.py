@@ -81,7 +81,7 @@ class Flops:
     projector: int
     prefill: int
     decode: tuple[int, ...]
-    vanilla: Flops | None = None  # same prompt and number of steps, cached, nothing pruned
+    vanilla: Flops | None = None  # same prompt and number of steps, cached, nothing pruned; None: it is that itself
 
     @property
     def decoder(self) -> int:
@@ -98,12 +98,12 @@ class Flops:
 
     @property
     def ratio(self) -> float:
-        return self.total / self.vanilla.total
+        return self.total / (self.vanilla or self).total
 
     @property
     def decoder_ratio(self) -> float:
         """Prefill and decode only: the part that pruning in the decoder can touch."""
-        return self.decoder / self.vanilla.decoder
+        return self.decoder / (self.vanilla or self).decoder
 
 
 def count_flops(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -60,13 +60,14 @@ class ImageReducer(Protocol):
 class Llava(nn.Module):
     """The module tree bears llava-hf's names. `from_pretrained` fills it and reads what else a checkpoint holds."""
 
+    tokenizer: Tokenizer  # only a checkpoint has one
+
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config)
         self.multi_modal_projector = Projector(config)
         self.language_model = LlamaDecoder(config.text_config)
-        self.tokenizer: Tokenizer | None = None
         self.image_processor = ImageProcessor()
         self.eos_token_ids: tuple[int, ...] = ()
         self.template = TEMPLATES["vicuna_v1"]
@@ -152,7 +153,7 @@ class Llava(nn.Module):
         The answers' own FLOPs are without it from then on; their vanilla computes it. Off: `model.prefix = None`.
         """
         prompt = self.encode("?", num_image_tokens=1)
-        ids = prompt.ids[: prompt.image_span[0]]
+        ids = prompt.ids[: prompt.ids.index(self.config.image_token_index)]
         embeds = self.language_model.embed_tokens(torch.tensor([ids], device=self.language_model.norm.weight.device))
         self.prefix = ids, self.language_model.compute_prefix(embeds)
         return prefix_flops(self.config.text_config, self.prefix[1].trace)
@@ -179,7 +180,8 @@ class Llava(nn.Module):
         Raises HimapError for input that does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        images = [image] * len(prompts) if image is None or isinstance(prompt, str) else list(image)
+        alone = image is None or isinstance(prompt, str)
+        images: list[Any] = [image] * len(prompts) if alone else list(image)  # type: ignore[arg-type]
         if not prompts or len(images) != len(prompts) or len({picture is None for picture in images}) > 1:
             raise HimapError(f"a batch of {len(prompts)} questions needs as many pictures, or None")
         N = None if reducer is None else reducer.num_image_tokens(self.config)
@@ -216,12 +218,13 @@ class Llava(nn.Module):
 
     def _streamer(self, on_text: Callable[[str], None]) -> Callable[[int], None]:
         """Token ids to text as it becomes readable: bytes that are no whole character yet are held back."""
-        stream, pieces = DecodeStream(skip_special_tokens=True), []
+        stream, begun = DecodeStream(skip_special_tokens=True), False
 
         def on_token(token_id: int) -> None:
+            nonlocal begun
             piece = stream.step(self.tokenizer, token_id) or ""
-            if piece := piece if pieces else piece.lstrip():  # no space before the first word
-                pieces.append(piece)
+            if piece := piece if begun else piece.lstrip():  # no space before the first word
+                begun = True
                 on_text(piece)
 
         return on_token

@@ -54,7 +54,8 @@ class LayerView:
         n = k.shape[2]
         self.system, self.image, self.text = slice(0, image.start), image, slice(image.stop, n)
         self.all, self.last = slice(0, n), slice(n - 1, n)
-        self._make_queries, self._made = make_queries, []  # pieces: (first row, its and the next rows' queries)
+        self._make_queries = make_queries
+        self._made: list[tuple[int, Tensor]] = []  # pieces: first row, its and the next rows' queries
 
     def queries(self, rows: slice) -> Tensor:
         """(B, h, rows, c), with RoPE; made when first asked for, since most of the dropped tokens never need theirs."""

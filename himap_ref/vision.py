@@ -8,6 +8,8 @@ Shapes: B pictures, S pixels a side, P patches, T = P + 1 tokens (class token fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +22,8 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # hidden_act and projector_hidden_act of a config.json
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # by the name in a config.json
 
 
 class Embeddings(nn.Module):
