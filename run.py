@@ -55,9 +55,9 @@ def main(args: argparse.Namespace) -> None:
     from himap_ref.image import load_image
     from himap_ref.prompt import TEMPLATES
     from himap_ref.studies import report
+    from himap_ref.studies.files import write_whole
     from himap_ref.studies.methods import Method, parse_method, parse_stages
     from himap_ref.studies.options import revision_of
-    from himap_ref.studies.plots import write_whole
     from himap_ref.weights import find_device, find_folder
 
     embedded = os.path.realpath(args.weights) == os.path.realpath(EMBEDDED)

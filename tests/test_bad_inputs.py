@@ -33,9 +33,9 @@ from himap_ref import config as config_module
 from himap_ref.errors import run_command
 from himap_ref.image import ImageProcessor, load_image
 from himap_ref.studies import evaluate
+from himap_ref.studies.files import check_writable, write_text, write_whole
 from himap_ref.studies.fuzz import CONFIG, build_model, join_safetensors, split_safetensors, write_json
 from himap_ref.studies.options import revision_of
-from himap_ref.studies.plots import check_writable, write_text, write_whole
 from himap_ref.studies.records import Records
 from himap_ref.studies.train import save_state
 from himap_ref.weights import find_device, find_folder
@@ -793,14 +793,14 @@ STUDIES = [  # study, its arguments, line
     ("literature", ["--image", 0], "--system from 0, --image and --text from 1, together at most 2^20 tokens"),
     ("literature", ["--text", 10**30], "--system from 0, --image and --text from 1, together at most 2^20 tokens"),
     ("scenes", ["--seed", -1], "--seed -1: must be 0 or more"),
-    ("scenes", ["--out", "x.zzz"], "x.zzz: this kind of picture cannot be written: end its name in .png"),
+    ("scenes", ["--out", "x.zzz"], "x.zzz: this kind of file cannot be written: end its name in .png"),
     ("scenes", ["--out", "/dev/full/x.png"], "/dev/full/x.png: cannot be written (...): choose another file"),
     ("train", ["--lr", "nan"], "--lr: above 0 and at most 1; --steps and --align-steps: 0 to 1000000"),
     ("train", ["--steps", 10**30], "--lr: above 0 and at most 1; --steps and --align-steps: 0 to 1000000"),
     ("train", ["--seed", 2**63], f"--seed {2**63}: must be in [0, 2^63)"),
     ("train", ["--state", "junk"], "junk: no state of a training (...): remove it, or choose another --state"),
     ("train", ["--state", "pickle"], "pickle: no state of a training (...): remove it, or choose another --state"),
-    ("flow", ["--show", "x.zzz"], "x.zzz: this kind of picture cannot be written: end its name in .png"),
+    ("flow", ["--show", "x.zzz"], "x.zzz: this kind of file cannot be written: end its name in .png"),
     ("flow", ["--scenes", 0], "0 scenes from seed ...: need at least 1, from a seed that is not negative"),
     ("disruption", ["--batch", 0], "--batch and --max-new-tokens: must be at least 1"),
     ("disruption", ["--layers", 10**30], f"layer {10**30} does not exist: the decoder's layers are 0..11"),

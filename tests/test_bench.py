@@ -60,8 +60,9 @@ def test_bare_products(setting, name):
     for part in ("prefill", "decode"):
         assert counted(replay, {part: parts[part]}, CPU, ignore)[0] == contestant.flops[part]
     own = {weight.data_ptr() for weight in setting.model.language_model.parameters()}
-    used = [arg for _, args, _ in parts["prefill"] for arg in args if isinstance(arg, torch.Tensor) and not arg.is_meta]
-    assert len(used) == 7 * 5 + 1 and {weight.data_ptr() for weight in used} <= own
+    given = [arg for _, args, _ in parts["prefill"] for arg in args if isinstance(arg, torch.Tensor)]
+    used = {weight.data_ptr() for weight in given if not weight.is_meta}
+    assert len(used) == 7 * 5 + 1 and used <= own
 
 
 @torch.no_grad()
@@ -403,9 +404,10 @@ def test_bad_input(run, args, message):
 
 
 def test_unwritable_json(monkeypatch, tmp_path):
-    """All figures lost in a traceback because the last step failed."""
-    monkeypatch.setattr(bench, "starting", lambda: [])
-    monkeypatch.setattr(sys, "argv", ["bench", "--start", "--json", str(tmp_path / "no" / "folder.json")])
+    """All figures lost because the last step failed, which could have been known before the first."""
+    monkeypatch.setattr(bench, "starting", lambda: pytest.fail("measured"))
+    (tmp_path / "x.json").mkdir()
+    monkeypatch.setattr(sys, "argv", ["bench", "--start", "--json", str(tmp_path / "x.json")])
     with pytest.raises(HimapError, match="cannot be written"):
         bench.main()
 

@@ -319,7 +319,8 @@ def test_bars(study, tmp_path):
     study("--limit", 1, "--plot", tmp_path / "new" / "flow.png")
     with Image.open(tmp_path / "new" / "flow.png") as picture:
         assert picture.size == (1800, 600)
-    with pytest.raises(HimapError, match="cannot be written"), figure(tmp_path / "gone" / "x.png", 1, (1, 1)):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(HimapError, match="cannot be written"), figure(tmp_path / "x.png", 1, (1, 1)):
         pass
 
 

@@ -108,6 +108,13 @@ def test_unwritable(tmp_path):
         Records(tmp_path, {})
 
 
+def test_pipe(tmp_path):
+    """A run that waits for ever for what a pipe will say."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(HimapError, match="a.jsonl: not a file"):
+        Records(tmp_path / "a.jsonl", {})
+
+
 def test_fingerprint(tmp_path):
     """Weights that differ in one number, of which the results are taken for the other's."""
     source = Path("weights/shapes/model.safetensors").read_bytes()

@@ -33,6 +33,7 @@ from ..generation import generate
 from ..model import ImageReducer, Llava
 from ..pruning import LayerTrace
 from ..weights import find_device, find_folder, rename, tensor_files
+from .files import check_writable, write_text
 from .methods import parse_method
 from .options import EMBEDDED
 from .random_weights import hub_config, random_model, write
@@ -432,13 +433,12 @@ def main() -> None:
     if args.write:
         write_checkpoint(args)
         return
+    if args.json:
+        check_writable(args.json, ("json",))  # rather than after hours
     rows, setting = start(args) if args.start else measure(args)
     print("; ".join(f"{key} {value}" for key, value in setting.items()), tables(rows), sep="\n\n")
     if args.json:
-        try:
-            args.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise HimapError(f"{args.json}: cannot be written ({error.strerror})") from None
+        write_text(args.json, json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..errors import HimapError, run_command
 from .evaluate import Evaluation, add_arguments
+from .files import write_text
 from .methods import Method, parse_method
-from .plots import check_picture, figure, write_text
+from .plots import check_picture, figure
 from .report import markdown
 from .sweep import Entry, line_of
 

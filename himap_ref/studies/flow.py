@@ -45,8 +45,9 @@ from ..prompt import encode_prompt
 from ..pruning import LayerView
 from .asking import record_each
 from .evaluate import peak_memory
+from .files import check_writable, write_whole
 from .options import add_model_arguments, load_model
-from .plots import check_picture, check_writable, figure, write_whole
+from .plots import check_picture, figure
 from .questions import Example, add_question_arguments, load_examples
 from .records import Records, results_path
 

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import stat
 from hashlib import sha256
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Records:
         except OSError as error:
             raise HimapError(f"{path}: cannot be written ({error.strerror})") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):  # a pipe would be waited for
+                raise HimapError(f"{path}: not a file: choose another --out")
             self._lock()
             self._read(settings)
         except BaseException:
@@ -86,7 +89,7 @@ class Records:
                     self.rows[row.pop("id")] = row
             except HimapError:
                 raise
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise self._not_ours(number) from None
         if whole < len(data):
             os.ftruncate(self._fd, whole)

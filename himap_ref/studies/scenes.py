@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 from ..errors import HimapError, run_command
-from .plots import check_writable, write_whole
+from .files import check_writable, write_whole
 
 SIZE = 126  # pixels a side
 PATCH = 14  # pixels a side of one vision patch: 9 x 9 patches a picture, 3 x 3 a grid cell

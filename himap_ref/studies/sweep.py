@@ -26,10 +26,11 @@ from ..errors import HimapError, run_command
 from ..flops import pass_flops, projector_flops, vision_flops
 from ..model import Llava
 from .evaluate import Evaluation, add_arguments
+from .files import write_text
 from .methods import METHODS, Method, parse_method
 from .metrics import bootstrap, interval, paired
 from .plan import plan_prefill
-from .plots import check_picture, figure, write_text
+from .plots import check_picture, figure
 from .questions import Example
 from .report import markdown
 

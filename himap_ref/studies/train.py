@@ -36,7 +36,7 @@ from ..decoder import rope
 from ..errors import HimapError, run_command
 from ..model import Llava
 from ..prompt import TEMPLATES
-from .plots import check_writable, write_text, write_whole
+from .files import check_writable, write_text, write_whole
 from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, draw, make_questions, make_scene
 
 GRID = SIZE // PATCH
