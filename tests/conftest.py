@@ -1,8 +1,11 @@
 """Shared fixtures: the golden data of the official code, and small random models."""
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take minutes on a busy machine
 
 import pytest
 import torch

@@ -1,11 +1,14 @@
 """The assembled model: embeddings of picture and text put together, batches, devices."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from himap_ref import HimapError, Stage, text_to_image
 from himap_ref.generation import Sampling, generate, probabilities
+from himap_ref.vision import ACTIVATIONS
 from himap_ref.weights import find_device
 
 IDS = torch.tensor([[1, 5, *[96] * 16, 7, 8]])  # 96 is the image token of tiny_llava
@@ -58,3 +61,12 @@ def test_device_that_is_not_there():
     for name in ("cuda:99", "nonsense"):
         with pytest.raises(HimapError, match=f"device '{name}': not available"):
             find_device(name)
+
+
+def test_activations():
+    """Another GELU than CLIP's in the encoder, or than the exact one in the projector: close enough to answer with."""
+    x = torch.tensor([-3.0, -1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    quick = [v / (1 + math.exp(-1.702 * v)) for v in x.tolist()]
+    exact = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x.tolist()]
+    assert_close(ACTIVATIONS["quick_gelu"](x), torch.tensor(quick, dtype=torch.float64))
+    assert_close(ACTIVATIONS["gelu"](x), torch.tensor(exact, dtype=torch.float64))
