@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -19,7 +20,7 @@ Ask = Callable[[list[Example], list[Image.Image]], list]  # equally long questio
 
 def ask_each(
     model: Llava, examples: Sequence[Example], size: int, ask: Ask, num_image_tokens: int | None = None
-) -> Iterator[tuple[Example, object]]:
+) -> Iterator[tuple[Example, Any]]:
     """(example, what `ask` makes of it): in batches of at most `size` prompts of equal length, the shortest first.
 
     A question whose picture cannot be read comes with its HimapError. A batch for which `ask` raises one is asked again
@@ -43,7 +44,7 @@ def ask_each(
             yield from _ask(readable, ask)
 
 
-def _ask(pairs: list[tuple[Example, Image.Image]], ask: Ask) -> Iterator[tuple[Example, object]]:
+def _ask(pairs: list[tuple[Example, Image.Image]], ask: Ask) -> Iterator[tuple[Example, Any]]:
     examples, pictures = [example for example, _ in pairs], [picture for _, picture in pairs]
     try:
         yield from zip(examples, ask(examples, pictures) if pairs else [], strict=True)

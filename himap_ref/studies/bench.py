@@ -22,6 +22,7 @@ from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from random import Random
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ class Setting:
         words = [draw.randrange(model.config.text_config.vocab_size - 1) for _ in range(SYSTEM_TOKENS + self.text)]
         words = [word + (word >= image) for word in words]  # any but the image token
         ids = [*words[:SYSTEM_TOKENS], *[image] * embeds.shape[1], *words[SYSTEM_TOKENS:]]
-        return model.embed(torch.tensor([ids] * len(embeds)), embeds)
+        x, span = model.embed(torch.tensor([ids] * len(embeds)), embeds)
+        return x, cast(tuple[int, int], span)  # never None with a picture
 
     def answering(self, name: str, ask: Callable) -> Contestant:
         """ask: `generate`, all but its on_token; that tells where the prefill ends."""
@@ -78,7 +80,7 @@ class Setting:
             parts = chain(["prefill"], repeat("decode"))
             return ask(on_token=lambda _: mark(next(parts)))
 
-        sums = {"answer": ("prefill", "decode")} if self.new > 1 else {}
+        sums: dict[str, tuple[str, ...]] = {"answer": ("prefill", "decode")} if self.new > 1 else {}
         return Contestant(name, play, self.threads, times={"decode": self.new - 1}, sums=sums)
 
     def describe(
@@ -123,19 +125,19 @@ def our_vision(setting: Setting, name: str) -> Contestant:
     """Picture to image tokens, by the model or by the method's reducer."""
     model, reducer = setting.model, parse_method(name, setting.model).reducer
     embed = partial(reducer.embed_image, model) if reducer else model.embed_image
-    flops = reducer.flops(model.config) if reducer else (vision_flops(model.config), projector_flops(model.config))
+    each = reducer.flops(model.config) if reducer else (vision_flops(model.config), projector_flops(model.config))
 
     def play(mark: Mark) -> None:
         embed(setting.pixels)
         mark("vision")
 
-    flops = {"vision": len(setting.pixels) * sum(flops)}
+    flops = {"vision": len(setting.pixels) * sum(each)}
     contestant = Contestant(name if reducer else "none", play, setting.threads, flops)
     note_products(contestant, setting.pixels.device)
     return contestant
 
 
-def transformers_peer(model: Llava) -> torch.nn.Module:
+def transformers_peer(model: Llava) -> Any:
     """transformers' LLaVA with sdpa on this model's own tensors. Raises HimapError if transformers is missing."""
     try:
         import transformers
@@ -143,7 +145,7 @@ def transformers_peer(model: Llava) -> torch.nn.Module:
     except ImportError:
         raise HimapError("--peers needs transformers: pip install 'himap-ref[parity]'") from None
     weight, own = model.language_model.norm.weight, model.state_dict()
-    config = transformers.LlavaConfig.from_dict(hub_config(model.config))
+    config: Any = transformers.LlavaConfig.from_dict(hub_config(model.config))
     with torch.device("meta"):
         peer = transformers.AutoModelForImageTextToText.from_config(
             config, dtype=weight.dtype, attn_implementation="sdpa"
@@ -233,7 +235,7 @@ def starting() -> list[Contestant]:
 
     def play(command: Sequence[str], mark: Mark) -> None:
         process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if process.stdout.read(1):
+        if process.stdout and process.stdout.read(1):
             mark("first token")
         _, error = process.communicate()
         mark("rest")
@@ -252,7 +254,8 @@ PARTS = {
     "vision": "Picture to image tokens", "prefill": "Prefill: image tokens and prompt to the first token",
     "decode": "Each later token", "answer": "Prefill and all tokens", "reading": "Reading the decoder's weights once",
 }  # fmt: skip
-COLUMNS = {  # of a row: heading, how it is shown; a column without a figure is left out
+# of a row: heading, how it is shown; a column without a figure is left out
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "method": ("", str),
     "tokens": ("image tokens", str),
     "seconds": ("seconds", "{:.4g}".format),

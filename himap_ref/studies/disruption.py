@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -140,19 +140,19 @@ class Prompts:
             state = self._run_layer(state, block if len(state.kv) in layers else None)
         cache = [LayerCache() for _ in state.kv]
         for i, kv in enumerate(state.kv):
-            hides = i in layers and block.kind == "img2txt"
+            hides = i in layers and block and block.kind == "img2txt"
             cache[i].append(*(self._without_image(t) for t in kv) if hides else kv)
         hidden = self.decoder.norm(state.x)
         return DecoderOutput(self.decoder.logits(hidden[:, -1]), hidden, Trace(), cache)
 
     def generate(self, block: Block | None, max_new_tokens: int, eos_token_ids: Sequence[int]) -> Generated:
         """Greedy answers, the block in place for the new tokens too."""
-        prefilled = _Prefilled(self.decoder, self.prefill(block))
+        prefilled: Any = _Prefilled(self.decoder, self.prefill(block))
         return generate(prefilled, self.x, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
 
     def _trunk(self, block: Block | None, layer: int) -> State:
         """On entry to `layer` with every layer below blocked, or none."""
-        states = self.trunks.setdefault(block and (block.kind, block.keep_diagonal), [State(self.x, ())])
+        states = self.trunks.setdefault((block.kind, block.keep_diagonal) if block else None, [State(self.x, ())])
         while len(states) <= layer:
             states.append(self._run_layer(states[-1], block))
         return states[layer]
@@ -188,7 +188,7 @@ class _Prefilled:
         self.config, self.embed_tokens, self.decode = decoder.config, decoder.embed_tokens, decoder.decode
         self.output = output
 
-    def __call__(self, *_, **__) -> DecoderOutput:
+    def __call__(self, *_: object, **__: object) -> DecoderOutput:
         return self.output
 
 
@@ -207,8 +207,9 @@ def answer(
     pixel_values = torch.cat([model.preprocess(picture) for picture in pictures])
     with torch.no_grad():
         x, span = model.embed(input_ids, model.embed_image(pixel_values))
+    span = cast(tuple[int, int], span)  # never None with a picture
     prompts = Prompts(model.language_model, x, span, [f"{seed} {example.id}" for example in examples])
-    rows = [{"label": list(example.answers), "results": {}} for example in examples]
+    rows: list[dict] = [{"label": list(example.answers), "results": {}} for example in examples]
     for block in tqdm((None, *blocks), "blocks", leave=False):
         out = prompts.generate(block, max_new_tokens, model.eos_token_ids)
         top5 = out.first_logits.float().topk(5).indices.tolist()
@@ -250,7 +251,9 @@ def _figures(rows: Sequence[dict], name: str) -> dict:
 def axes_of(figures: dict[Block | None, dict]) -> tuple[list[str], list[str], list[int]]:
     """The kinds, readings and layers that were swept."""
     blocks = [block for block in figures if block]
-    return tuple(list(dict.fromkeys(getattr(b, name) for b in blocks)) for name in ("kind", "reading", "layer"))
+    names = ("kind", "reading", "layer")
+    kinds, readings, layers = (list(dict.fromkeys(getattr(b, name) for b in blocks)) for name in names)
+    return kinds, readings, layers
 
 
 def table(figures: dict[Block | None, dict]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import Any, cast
 
 import torch
 
@@ -37,7 +38,8 @@ def answer(
 ) -> list[Answer]:
     """Greedy answers to questions of equal length."""
     questions = [example.question for example in examples]
-    return model.generate(pictures, questions, method.stages, max_new_tokens, reducer=method.reducer)
+    answers: Any = model.generate(pictures, questions, method.stages, max_new_tokens, reducer=method.reducer)
+    return answers  # a list, as the questions are one
 
 
 @dataclass
@@ -85,7 +87,8 @@ class Evaluation:
 
     def _row(self, example: Example, answer: Answer, batch: int, steps: int) -> dict:
         """What is recorded of one answer. seconds: its batch's; decode_steps: how many it took for all its answers."""
-        span, flops, text = answer.image_span, answer.flops, self.model.config.text_config
+        flops, text = answer.flops, self.model.config.text_config
+        vanilla, span = flops.vanilla or flops, cast(tuple[int, int], answer.image_span)  # never None with a picture
         return ({"kind": example.kind} if example.kind else {}) | {
             "answer": answer.text,
             "label": list(example.answers),
@@ -95,7 +98,7 @@ class Evaluation:
             "new_tokens": len(answer.token_ids),
             "kept": [span[1] - span[0], *(len(stage.kept) for stage in answer.trace.stages)],
             "flops": {"total": flops.total, "decoder": flops.decoder},
-            "vanilla_flops": {"total": flops.vanilla.total, "decoder": flops.vanilla.decoder},
+            "vanilla_flops": {"total": vanilla.total, "decoder": vanilla.decoder},
             "kv_cache_bytes": kv_cache_bytes(text, answer.trace.layers, answer.first_logits.element_size()),
             "batch": batch,
             "decode_steps": steps,

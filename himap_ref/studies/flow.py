@@ -33,6 +33,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 import torch
 from PIL import Image, ImageDraw
@@ -207,7 +208,7 @@ def prepare(model: Llava, example: Example, label: str) -> tuple[ForwardPass, di
         x, span = model.embed(torch.tensor([ids]), image_embeds)
     run = ForwardPass(model.language_model, x)
     target = int(run.logits.argmax()) if label == "greedy" else answer_label(model, example)
-    return run, groups_of(span, len(ids)), target
+    return run, groups_of(cast(tuple[int, int], span), len(ids)), target  # with a picture never None
 
 
 def answer_label(model: Llava, example: Example) -> int:
@@ -301,7 +302,7 @@ def draw_tokens(model: Llava, example: Example, label: str, definition: str) -> 
     """The picture, then for each layer where image->text, and below where image->image comes from: the redder, the
     more flows out of that patch; each panel has its own scale, whose sum stands above it."""
     run, groups, target = prepare(model, example, label)
-    out_of = {"image->text": [], "image->image": []}
+    out_of: dict[str, list[Tensor]] = {"image->text": [], "image->image": []}
     for S in run.saliency(target):
         for direction, layers in out_of.items():
             rows = groups[direction.split("->")[1]]

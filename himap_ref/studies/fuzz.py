@@ -35,6 +35,7 @@ from dataclasses import is_dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -70,7 +71,7 @@ FILES = (  # each as likely as the others
 
 # ---------------------------------------------------------------- whole files
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llava", "image_token_index": 3, "vision_feature_layer": -2, "projector_hidden_act": "gelu",
     "vision_feature_select_strategy": "default",
     "vision_config": {"model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 12, "patch_size": 14,
@@ -212,14 +213,14 @@ class Workspace:
             stages = parse_method("himap", model).stages
             if any(getattr(stage.score, "func", stage.score).__module__ not in OURS for stage in stages):
                 raise Wrong("a score that is not one of ours")
-            answer = model.generate(self.root / "pictures" / "x.png", "What color is the star?", stages, 2)
+            answer: Any = model.generate(self.root / "pictures" / "x.png", "What color is the star?", stages, 2)
             if answer.image_span[1] - answer.image_span[0] != 4:
                 raise Wrong(f"image tokens at {answer.image_span}")
 
 
 def check_faithful(model: Llava, folder: Path) -> None:
     """Raises Wrong unless each parameter is, bit for bit, one tensor of one file, and no two share bytes."""
-    loaded, seen = model.state_dict(), Counter()
+    loaded, seen = model.state_dict(), Counter[str]()
     for path in tensor_files(folder):
         header, body = split_safetensors(path.read_bytes())
         used = {name: entry for name, entry in header.items() if rename(name) in loaded}
@@ -295,7 +296,7 @@ _watching: tuple[tuple[str, ...], list[str]] | None = None  # folders that may b
 def watched(folder: Path) -> Iterator[list[str]]:
     """Yields a list of what is reached outside `folder` and Python's own files, to read afterwards."""
     global _watching
-    own = (folder, Path(__file__).parents[2], sys.prefix, sys.base_prefix, *sys.path, "/proc/self", os.devnull)
+    own: tuple = (folder, Path(__file__).parents[2], sys.prefix, sys.base_prefix, *sys.path, "/proc/self", os.devnull)
     _watching = tuple(os.path.realpath(place) + os.sep for place in own if place), []
     try:
         yield _watching[1]
@@ -325,7 +326,7 @@ NUMBERS = (
     0, 1, -1, 2, 3, 7, 255, 256, 1000, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64,
 )  # fmt: skip
 DEEP = "deep inside"  # stands for lists nested too deeply to be built
-VALUES = (
+VALUES: tuple[Any, ...] = (
     None, True, False, *NUMBERS, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), 10**40, DEEP, "", "x", "0",
     "\x00", "\ud800", "../x.png", "/etc/hostname", "<image>", "a" * 3000, "\n\x1b[31m", [], {}, [[]], [None],
     {"": None}, [1, 2, 3], {"shortest_edge": 28}, {"height": 28, "width": 28}, {"type": "ByteLevel"}, "F16", "BF16",
@@ -360,8 +361,8 @@ def mutate(name: str, data: bytes, rng: random.Random) -> bytes:
     return mend_png(data) if name.endswith(".png") and rng.random() < 0.8 else data
 
 
-def mutate_bytes(data: bytes, rng: random.Random, times: int) -> bytes:
-    data = bytearray(data)
+def mutate_bytes(whole: bytes, rng: random.Random, times: int) -> bytes:
+    data = bytearray(whole)
     for _ in range(times):
         place = rng.randrange(min(len(data), rng.choice((64, 512, 10**9))) or 1)  # headers stand in front
         length = min(rng.choice((1, 1, 2, 4, 8, 40, 1000)), max(1, len(data) - place))
@@ -439,7 +440,7 @@ def mutate_json(tree: list, rng: random.Random) -> None:
             holder[key] = [holder[key]]
 
 
-def _place(holder: list | dict, rng: random.Random) -> tuple[list | dict, object]:
+def _place(holder: list | dict, rng: random.Random) -> tuple[Any, Any]:
     """A node, by a walk from the root: in a tokenizer most nodes are tokens, and most meaning is elsewhere."""
     while True:
         key = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
@@ -528,7 +529,8 @@ def _work(seed: int, numbers: range, results: Connection) -> None:
 
 def run(seed: int, cases: int, jobs: int) -> Iterator[tuple[int, str, str]]:
     """(number, file, outcome) of every case, in processes that may die or hang."""
-    context, workers = multiprocessing.get_context("spawn"), {}
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Connection, list] = {}
 
     def start(numbers: range) -> None:
         if numbers:
@@ -541,7 +543,7 @@ def run(seed: int, cases: int, jobs: int) -> Iterator[tuple[int, str, str]]:
     for first in range(jobs):
         start(range(first, cases, jobs))
     while workers:
-        for pipe in wait(list(workers), timeout=1):
+        for pipe in cast(list[Connection], wait(list(workers), timeout=1)):
             try:
                 number, name, outcome = pipe.recv()
             except EOFError:
@@ -574,7 +576,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="append the cases that fail to this file")
     args = parser.parse_args()
-    start, outcomes, failed = time.perf_counter(), {}, {}
+    start, failed = time.perf_counter(), {}
+    outcomes: dict[str, Counter[str]] = {}
     for number, name, outcome in run(args.seed, args.cases, args.jobs):
         outcomes.setdefault(name, Counter())[outcome if outcome in ("fine", "refused") else "failed"] += 1
         if outcome not in ("fine", "refused"):

@@ -8,7 +8,7 @@ n tokens, d hidden size, m intermediate size, T layers. The first two count mult
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig
 from ..errors import HimapError, run_command
@@ -27,7 +27,7 @@ def three_matrix_layer(n: int, d: int, m: int) -> int:
     return paper_layer(n, d, m) + n * d * m
 
 
-def paper_flops(config: TextConfig, tokens: Sequence[int], layer=paper_layer) -> int:
+def paper_flops(config: TextConfig, tokens: Sequence[int], layer: Callable[..., int] = paper_layer) -> int:
     """Sum of `layer` over the layers' token numbers (`tokens_per_layer`: image tokens only, as the papers count)."""
     return sum(layer(n, config.hidden_size, config.intermediate_size) for n in tokens)
 

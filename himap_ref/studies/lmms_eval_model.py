@@ -114,11 +114,11 @@ class HimapRef(lmms):
         Options that cannot be met stop the run before the first question, a second picture or a video at its turn.
         """
         results: list[GenerationResult | None] = [None] * len(requests)
-        start, tokens, flops, vanilla = time.perf_counter(), 0, Counter(), Counter()
+        start, tokens, flops, vanilla = time.perf_counter(), 0, Counter[str](), Counter[str]()
         with tqdm(total=len(requests), unit="question", disable=self.rank != 0) as progress:
             for places, pictures, questions, sampling in self._batches(requests):
                 try:
-                    answers = self.model.generate(
+                    answers: Any = self.model.generate(  # a list, as the questions are one
                         pictures, questions, self.method.stages, reducer=self.method.reducer, **sampling._asdict()
                     )
                 except HimapError as error:
@@ -129,7 +129,7 @@ class HimapRef(lmms):
                     results[place] = GenerationResult(cut(answer.text, options.get("until")), counts)
                     tokens += len(answer.token_ids)
                     flops[task] += answer.flops.total
-                    vanilla[task] += answer.flops.vanilla.total
+                    vanilla[task] += (answer.flops.vanilla or answer.flops).total
                 progress.update(len(places))
         seconds, ratios = time.perf_counter() - start, {f"flops_ratio_{t}": flops[t] / vanilla[t] for t in flops}
         log_metrics(seconds, tokens, tokens / seconds, ratios)
@@ -139,7 +139,7 @@ class HimapRef(lmms):
         self, requests: list[Instance]
     ) -> Iterator[tuple[tuple[int, ...], tuple[Image.Image | None, ...], list[str], Sampling]]:
         """Places in `requests`, pictures, questions and how to answer them; pictures are made batch by batch."""
-        groups, questions, asked = defaultdict(list), [], Counter()
+        groups, questions, asked = defaultdict(list), [], Counter[tuple]()
         for place, request in enumerate(requests):
             text, options, _, doc_id, task, split = request.args
             questions.append(text.replace("<image>", "").strip())  # the template has its own

@@ -128,7 +128,7 @@ METHODS: dict[str, Callable[[int], tuple[Stage, ...]]] = {
     "random": lambda layers: (Stage(2, 0.5, random),),
     "none": lambda layers: (),
 }
-REDUCERS = {"cls": ClsAttention, "pool": AveragePool}
+REDUCERS: dict[str, Callable[[int], ImageReducer]] = {"cls": ClsAttention, "pool": AveragePool}
 
 
 def parse_method(text: str, model: Llava) -> Method:
@@ -168,8 +168,8 @@ def parse_stages(text: str, trusted: bool = True) -> tuple[Stage, ...]:
     stages = []
     for part in text.split(",") if text.strip() else ():
         try:
-            layer, keep, score = part.split(":", 2)
-            layer, keep = int(layer), float(keep) if "." in keep else int(keep)
+            where, left, score = part.split(":", 2)
+            layer, keep = int(where), float(left) if "." in left else int(left)
         except ValueError:
             raise HimapError(f"stage {part!r}: expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image") from None
         stages.append(Stage(layer, keep, _find_score(score.strip(), trusted)))

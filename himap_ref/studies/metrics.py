@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Metric:
     name: str
     score: Callable[[str, Example], float] | None
     figures: Callable[[Answered], dict[str, float]] | None = None
-    check: Callable[[Sequence[Example]], None] = lambda examples: None  # raises HimapError before hours of asking
+    check: Callable[[Sequence[Example]], object] = lambda examples: None  # raises HimapError before hours of asking
 
     def summary(self, answered: Answered) -> dict[str, float]:
         """Figures by name, the first the one to quote. Raises HimapError if there is nothing to judge."""
@@ -35,7 +36,8 @@ class Metric:
             raise HimapError(f"{self.name}: there are no answers to judge")
         if self.figures:
             return self.figures(answered)
-        return {"accuracy": mean(self.score(answer, example) for answer, example in answered)}
+        score: Any = self.score  # is there where `figures` is not
+        return {"accuracy": mean(score(answer, example) for answer, example in answered)}
 
 
 # ---------------------------------------------------------------- equal to a right answer
@@ -139,7 +141,7 @@ def pope_figures(answered: Answered) -> dict[str, float]:
 # ---------------------------------------------------------------- captions
 
 
-def _find_cider(_=()) -> tuple[type, type]:
+def _find_cider(_: object = ()) -> tuple[type, type]:
     try:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from statistics import mean
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -86,10 +87,10 @@ def digest(tensors: Sequence[Tensor]) -> str:
 
 
 def row_of(evaluation: Evaluation, example: Example, got: Answer) -> dict:
-    stages = got.trace.stages
+    stages, metric = got.trace.stages, cast(Any, evaluation.metric)  # one that judges each answer: see `main`
     return {
         "answer": got.text,
-        "correct": evaluation.metric.score(got.text, example),
+        "correct": metric.score(got.text, example),
         "kept_tokens": [stage.kept.tolist() for stage in stages],
         "scores": digest([stage.scores for stage in stages]),
         "logits": digest([got.first_logits]),

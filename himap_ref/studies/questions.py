@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from reprlib import repr as short
+from typing import Any
 
 from PIL import Image
 
@@ -192,7 +193,7 @@ def _answers(entry: dict, reply: object) -> tuple[str, ...]:
     if given is None:
         return (_text(reply, "answer"),)
     given = given if isinstance(given, list) else []
-    texts = [each.get("answer") if isinstance(each, dict) else each for each in given]
+    texts: list[Any] = [each.get("answer") if isinstance(each, dict) else each for each in given]
     if not all(isinstance(text, str) for text in texts) or not any(map(str.strip, texts)):
         raise HimapError('`answers`: expected a list of strings or of {"answer": string}, not all blank')
     return tuple(texts)

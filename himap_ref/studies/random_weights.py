@@ -87,7 +87,8 @@ def write(config: LlavaConfig, dtype: torch.dtype, folder: Path, shard: int = SH
 
 def _write_shards(config: LlavaConfig, dtype: torch.dtype, folder: Path, shard: int) -> tuple[dict[str, str], int]:
     """-> {tensor: file}, bytes of all tensors."""
-    groups, weight_map, total = list(_groups(_published(config, dtype), shard)), {}, 0
+    groups, total = list(_groups(_published(config, dtype), shard)), 0
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         tensors = {}
         for name, weight in group.items():
@@ -112,7 +113,8 @@ def _published(config: LlavaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _groups(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
     """Neighbours together, as many as stay within `limit` bytes."""
-    group, size = {}, 0
+    group: dict[str, Tensor] = {}
+    size = 0
     for name, tensor in tensors.items():
         if group and size + tensor.nbytes > limit:
             yield group

@@ -20,14 +20,15 @@ from ..weights import tensor_files
 try:
     import fcntl
 except ImportError:  # Windows: two runs on one file are not noticed there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 class Records:
     """A results file, open for this run alone. Use with `with`; `rows` maps each id to what was recorded under it."""
 
     def __init__(self, path: Path, settings: dict):
-        self.path, self.rows = path, {}
+        self.path = path
+        self.rows: dict[str, dict] = {}
         settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists then
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ class Records:
     def __enter__(self) -> Records:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
     def __contains__(self, id: str) -> bool:

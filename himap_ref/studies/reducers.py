@@ -6,6 +6,7 @@ The tokens that remain stand next to each other in the prompt, positions include
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from ..errors import HimapError
 from ..flops import projector_flops, vision_flops
 from ..model import Llava
 from ..pruning import keep_highest
+from ..vision import EncoderLayer
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ClsAttention:
         x = tower.pre_layrnorm(tower.embeddings(pixel_values.to(weight.device, weight.dtype)))
         for layer in tower.layers[:-1]:
             x = layer(x)
-        last = tower.layers[-1]
+        last = cast(EncoderLayer, tower.layers[-1])  # the elements of an nn.ModuleList have no type
         h, attn = last.layer_norm1(x), last.self_attn
         q, k = attn.heads(attn.q_proj(h[:, :1])), attn.heads(attn.k_proj(h))  # (B, h, 1, c), (B, h, T, c)
         attention = ((q * q.shape[-1] ** -0.5) @ k.mT).float().softmax(dim=-1).mean(dim=1)[:, 0, 1:]  # (B, P)

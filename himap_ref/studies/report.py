@@ -34,7 +34,7 @@ def as_json(config: LlavaConfig, answer: Answer, seconds: dict[str, float], vani
         "layers": layers,
         "flops": {
             "vision": f.vision, "projector": f.projector, "prefill": f.prefill, "decode": sum(f.decode),
-            "total": f.total, "total_macs": f.macs, "vanilla_total": f.vanilla.total, "ratio": f.ratio,
+            "total": f.total, "total_macs": f.macs, "vanilla_total": (f.vanilla or f).total, "ratio": f.ratio,
             "decoder_ratio": f.decoder_ratio,
         },
         "kv_cache_bytes": kv_cache_bytes(text, answer.trace.layers, answer.first_logits.element_size()),

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from ..config import LlavaConfig
 from ..errors import HimapError, run_command
@@ -131,7 +132,7 @@ def equal_flops(model: Llava, examples: list[Example], budgets: list[float] | No
 
     Default budgets: the paper's schedule's share, and 0.85, 1.15 and 1.25 times it.
     """
-    prompts = [model.encode(example.question) for example in examples[:200]]
+    prompts: list[Any] = [model.encode(example.question) for example in examples[:200]]  # all have an image_span
     before = prompts[0].image_span[0]
     after = int(median(len(prompt.ids) - prompt.image_span[1] for prompt in prompts))
     vanilla, entries = planned_flops(model, Method("none"), before, after), []
@@ -262,7 +263,7 @@ def entries_of(args: argparse.Namespace, evaluation: Evaluation) -> list[Entry]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, max_new_tokens=16, batch=64)
-    several = {"nargs": "*"}
+    several: Any = {"nargs": "*"}
     parser.add_argument("--k1", type=int, default=[1, 2, 3, 4, 6], **several)
     parser.add_argument("--k2", type=int, default=[4, 6, 8, 10, 15], **several)
     parser.add_argument("--keep1", type=float, default=[0.25, 0.5, 0.75], help="1 - R1", **several)
@@ -278,7 +279,8 @@ def main() -> None:
     evaluation = Evaluation.from_args(args)
     if evaluation.metric.score is None:
         raise HimapError(f"--metric {args.metric} judges all answers at once: a sweep needs one that judges each")
-    lines, vanilla, entries = [], {}, entries_of(args, evaluation)
+    lines, entries = [], entries_of(args, evaluation)
+    vanilla: dict[str, dict] = {}
     for number, entry in enumerate(entries, start=1):
         print(f"{number} of {len(entries)}: {entry.group} {entry.label}", file=sys.stderr)
         measured = [evaluation.run(parse_method(text, evaluation.model), args.out) for text in entry.methods]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ class Stopwatch:
     """A `Mark` that times the parts."""
 
     def __init__(self, device: torch.device):
-        self.device, self.parts, self.last = device, {}, (clock(device), time.process_time())
+        self.device, self.last = device, (clock(device), time.process_time())
+        self.parts: dict[str, Sample] = {}
 
     def __call__(self, part: str) -> None:
         now = clock(self.device), time.process_time()
@@ -180,7 +182,7 @@ def replay(parts: dict[str, list], device: torch.device, mark: Mark) -> None:
         mark(part)
 
 
-def note_products(contestant: Contestant, device: torch.device) -> object:
+def note_products(contestant: Contestant, device: torch.device) -> Any:
     """Plays it once, to give it its bare products as a contestant; returns what `play` returned."""
     with Products() as products:
         result = contestant.play(products)

@@ -20,11 +20,14 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,12 +35,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
-from ..decoder import rope
+from ..decoder import DecoderLayer, rope
 from ..errors import HimapError, run_command
 from ..model import Llava
 from ..prompt import TEMPLATES
 from .files import check_writable, write_text, write_whole
-from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, draw, make_questions, make_scene
+from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, Scene, draw, make_questions, make_scene
 
 GRID = SIZE // PATCH
 TEMPLATE = TEMPLATES["shapes"]
@@ -58,10 +61,8 @@ SLOW_KINDS = torch.tensor([2.0 if kind in ("count", "choice") else 1.0 for kind 
 # ---------------------------------------------------------------- tokenizer and shape of the model
 
 
-def build_tokenizer(vocab_size: int = 512):
+def build_tokenizer(vocab_size: int = 512) -> Tokenizer:
     """Byte-level BPE over the questions' own words: any text has ids, common words have one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +79,7 @@ def build_tokenizer(vocab_size: int = 512):
     return tokenizer
 
 
-def _corpus(pictures: int):
+def _corpus(pictures: int) -> Iterator[str]:
     for seed in range(pictures):
         for question in make_questions(make_scene(seed), 8):
             yield TEMPLATE.replace("<image>", "").replace("{question}", question.text) + " " + question.answer
@@ -131,7 +132,7 @@ class Plan:
 class Scenes(Dataset):
     """Sample -> pixels, ids of the packed questions, and for each id its segment, place, target and kind."""
 
-    def __init__(self, plan: Plan, tokenizer, length: int):
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, length: int):
         self.plan, self.tokenizer, self.length = plan, tokenizer, length
 
     def __len__(self) -> int:
@@ -142,9 +143,9 @@ class Scenes(Dataset):
         pixels = torch.frombuffer(bytearray(draw(scene).tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3)
         return {"pixels": pixels, "words": patch_words(scene), **self.pack(scene)}
 
-    def pack(self, scene) -> dict[str, Tensor]:
+    def pack(self, scene: Scene) -> dict[str, Tensor]:
         """As many questions as fit the budget, one after the other; segment 0 is padding, a question 1, 2, ..."""
-        columns = {name: [] for name in ("ids", "segment", "place", "target", "kind")}
+        columns: dict[str, list[int]] = {name: [] for name in ("ids", "segment", "place", "target", "kind")}
         questions = make_questions(scene, 14, seed=scene.seed)
         for number, question in enumerate(questions, 1):
             asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
@@ -152,7 +153,7 @@ class Scenes(Dataset):
             ids = asked + answer  # </s> is a target only: nothing follows it
             if len(columns["ids"]) + len(ids) > TEXT_BUDGET:
                 continue
-            eos = self.tokenizer.token_to_id("</s>")
+            eos = cast(int, self.tokenizer.token_to_id("</s>"))  # build_tokenizer made it
             columns["ids"] += ids
             columns["segment"] += [number] * len(ids)
             columns["place"] += range(len(ids))
@@ -166,7 +167,7 @@ class Scenes(Dataset):
 WORDS = (tuple(COLORS), SHAPES, ROWS, COLUMNS)
 
 
-def patch_words(scene) -> Tensor:
+def patch_words(scene: Scene) -> Tensor:
     """(GRID * GRID, 4): which colour, shape, row and column word each patch shows; -100 where less than a quarter of it
     lies within a thing's box."""
     words = torch.full((GRID, GRID, 4), -100)
@@ -196,10 +197,13 @@ def align_loss(model: Llava, batch: dict, vectors: list[Tensor]) -> Tensor:
     embeds = F.normalize(model.embed_image(to_pixel_values(batch["pixels"])), dim=-1)  # (B, N, d)
     logits = [(embeds @ F.normalize(group, dim=-1).T * 20).flatten(0, 1) for group in vectors]
     targets = batch["words"].flatten(0, 1).unbind(-1)
-    return sum(F.cross_entropy(x, y, ignore_index=-100) for x, y in zip(logits, targets, strict=True))
+    return cast(Tensor, sum(F.cross_entropy(x, y, ignore_index=-100) for x, y in zip(logits, targets, strict=True)))
 
 
-def layer_forward(layer, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+StepLayer = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def layer_forward(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
     """One decoder layer with softmax written out: on a CPU its backward is faster than the fused kernel's."""
     h = layer.input_layernorm(x)
     q = layer.self_attn.queries(h, cos, sin)
@@ -210,7 +214,7 @@ def layer_forward(layer, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> T
 
 
 def answer_loss(
-    model: Llava, batch: dict, prefix: Tensor, step_layer=layer_forward, weights: Tensor | None = None
+    model: Llava, batch: dict, prefix: Tensor, step_layer: StepLayer = layer_forward, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of the answers' tokens, `weights` by kind. Returns loss, hit per target and kind per target."""
     decoder, B = model.language_model, len(batch["ids"])
@@ -253,12 +257,12 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are orthogonalised. torch's own rounds to bf16, slow on CPUs without bf16 units;
     this one stays in fp32 and takes all matrices of one shape at once."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         params = sorted(params, key=lambda p: tuple(p.shape))
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:  # type: ignore[override]  # takes no closure: nothing here has one
         for group in self.param_groups:
             by_shape: dict[tuple, list[nn.Parameter]] = {}
             for p in group["params"]:
@@ -267,9 +271,9 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in by_shape.items():
                 updates = []
                 for p in params:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    m.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(m, group["momentum"]))
+                    m, grad = self.state[p].setdefault("momentum", torch.zeros_like(p)), cast(Tensor, p.grad)
+                    m.lerp_(grad, 1 - group["momentum"])
+                    updates.append(grad.lerp(m, group["momentum"]))
                 scale = 0.2 * max(rows, columns) ** 0.5  # the size of an Adam step
                 for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
@@ -277,7 +281,8 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside, AdamW for vectors, word vectors and the output."""
-    inside, rest = [], []
+    inside: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (inside if p.ndim == 2 and "embed" not in name and "lm_head" not in name else rest).append(p)
     return [Muon(inside, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -291,7 +296,7 @@ def learning_rate(step: int, steps: int) -> float:
 # ---------------------------------------------------------------- export
 
 
-def export(model: Llava, tokenizer, folder: Path) -> None:
+def export(model: Llava, tokenizer: Tokenizer, folder: Path) -> None:
     """A folder in llava-hf's layout, with the tensor names of its files on the hub, which every transformers reads."""
     folder.mkdir(parents=True, exist_ok=True)
     vision, text = asdict(model.config.vision_config), asdict(model.config.text_config)
@@ -363,14 +368,14 @@ class Phase:
     plan: Plan
 
 
-def word_vectors(model: Llava, tokenizer) -> list[Tensor]:
+def word_vectors(model: Llava, tokenizer: Tokenizer) -> list[Tensor]:
     """The decoder's vectors, as they are now, of the words of each group."""
     vocabulary = model.language_model.embed_tokens.weight.detach()
     ids = [[tokenizer.encode(f" {word}", add_special_tokens=False).ids[0] for word in group] for group in WORDS]
     return [vocabulary[group].clone() for group in ids]
 
 
-def save_state(path: Path, phase: str, step: int, model: nn.Module, opts) -> None:
+def save_state(path: Path, phase: str, step: int, model: nn.Module, opts: Sequence[torch.optim.Optimizer]) -> None:
     """Written beside and renamed, so that a kill leaves the old state or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"phase": phase, "step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}
@@ -395,7 +400,7 @@ def read_state(path: Path) -> dict | None:
 
 
 @torch.no_grad()
-def evaluate(model: Llava, loader: DataLoader, prefix: Tensor, step_layer) -> dict[str, float]:
+def evaluate(model: Llava, loader: DataLoader, prefix: Tensor, step_layer: StepLayer) -> dict[str, float]:
     """Share of the answers' tokens that would be chosen greedily, by kind of question, on unseen scenes."""
     hits, total = torch.zeros(len(KINDS) + 1), torch.zeros(len(KINDS) + 1)  # the last one: </s>
     for batch in loader:
@@ -405,7 +410,10 @@ def evaluate(model: Llava, loader: DataLoader, prefix: Tensor, step_layer) -> di
     return {name: round((hits[i] / total[i]).item(), 4) for i, name in enumerate(KINDS)}
 
 
-def run_phase(phase: Phase, model: Llava, tokenizer, loss_of, check, state_path: Path, state: dict | None) -> None:
+def run_phase(
+    phase: Phase, model: Llava, tokenizer: Tokenizer, loss_of: Callable[[dict, int], Tensor],
+    check: Callable[[int], None], state_path: Path, state: dict | None,
+) -> None:  # fmt: skip
     """Trains from the saved step, or from 0, to the phase's end; `check` is called after each save."""
     opts, first = optimizers(model, phase.lr), 0
     if state and state["phase"] == phase.name:
@@ -436,7 +444,7 @@ def train(args: argparse.Namespace) -> None:
     check_writable(args.out / "example.png")  # rather than after hours
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = Llava(shapes_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")))
+    model = Llava(shapes_config(tokenizer.get_vocab_size(), cast(int, tokenizer.token_to_id("<image>"))))
     init_weights(model, args.seed)
     vectors, prefix = word_vectors(model, tokenizer), torch.tensor(tokenizer.encode(SYSTEM).ids)
     if state:
