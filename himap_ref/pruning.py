@@ -58,7 +58,7 @@ class LayerView:
         self._made: list[tuple[int, Tensor]] = []  # pieces: first row, its and the next rows' queries
 
     def queries(self, rows: slice) -> Tensor:
-        """(B, h, rows, c), with RoPE; rows: without a step. Made when asked for: most dropped tokens never need theirs."""
+        """(B, h, rows, c), with RoPE; a slice without a step. Made when asked for: most of the dropped need none."""
         start, stop, _ = rows.indices(self.k.shape[2])
         if (q := self._known(start, stop)) is None:
             q = self._queries_at(torch.arange(start, stop, device=self.k.device).expand(len(self.k), -1))
