@@ -59,7 +59,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # How fast `torch.mv` reads bf16 weights beside `F.linear`, for one row: 1.6 times on a CPU that only emulates bf16, 1.2
-# times with matrix units (AMX), 0.6 times where vector units multiply bf16 (AVX512-BF16 alone). See RESULTS.md.
+# times with matrix units (AMX), 0.6 times where vector units multiply bf16 (AVX512-BF16 alone). In fp32 and fp16 they
+# are alike; GPUs were not measured. See RESULTS.md.
 MV_IS_FASTER = torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported()
 
 
@@ -254,8 +255,8 @@ class LlamaDecoder(nn.Module):
                 kept = candidates.gather(1, places)  # the same as indices of the whole picture
                 trace.stages.append(StageTrace(stage.layer, stage.name, candidates, scores, kept))
                 left = rows_of(places, image, positions.shape[1])  # (B, n'): system, kept image tokens, text
-                x = hidden.take_along_dim(left[:, p:, None], dim=1)  # early drop: the others go no further,
-                q = view.queries_left(places, p)  # their k and v stay in this layer's cache
+                # Early drop: the others go no further; their k and v stay in this layer's cache.
+                x, q = hidden.take_along_dim(left[:, p:, None], dim=1), view.queries_left(places, p)
                 positions = positions.gather(1, left)
                 cos_sin = rope(positions[:, p:], self.config, x.dtype)
                 candidates, image = kept, slice(image.start, image.start + kept.shape[1])

@@ -1,5 +1,6 @@
 """The one error type that a user can cause: its message is a single line that says what is wrong and what to do."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ def run_command(main: Callable[[], None]) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us: what is printed must not end up in the other one
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack a letter of an answer
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of an answer
     try:
         main()
         sys.stdout.flush()

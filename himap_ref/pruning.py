@@ -42,6 +42,7 @@ class LayerView:
     B prompts, h query heads, g key/value heads, c head size; n tokens entered the layer, N image tokens among them.
     k and v (B, g, n, c), k with RoPE. positions (B, n): original. hidden (B, n, d): the input.
     system, image, text, all, last: slices of 0..n-1; text is all that follows the image, generated tokens included.
+    Any other slice without a step will do for rows.
     make_queries: (B, r) rows -> their queries (B, h, r, c).
     q_rows, score_rows: queries made and attention rows made explicit so far, for the FLOPs accounting.
     """
@@ -58,8 +59,10 @@ class LayerView:
         self._made: list[tuple[int, Tensor]] = []  # pieces: first row, its and the next rows' queries
 
     def queries(self, rows: slice) -> Tensor:
-        """(B, h, rows, c), with RoPE; a slice without a step. Made when asked for: most of the dropped need none."""
-        start, stop, _ = rows.indices(self.k.shape[2])
+        """(B, h, rows, c), with RoPE; made when asked for, since most of the dropped tokens never need theirs."""
+        start, stop, step = rows.indices(self.k.shape[2])
+        if step != 1 or stop < start:
+            raise HimapError(f"rows {rows}: expected a slice that ascends without a step")
         if (q := self._known(start, stop)) is None:
             q = self._queries_at(torch.arange(start, stop, device=self.k.device).expand(len(self.k), -1))
             self._made.append((start, q))
@@ -209,7 +212,7 @@ class LayerTrace:
     """How many tokens entered each part of a layer: all that its FLOPs depend on."""
 
     kv: int  # k_proj, v_proj: the tokens that entered the layer
-    q: int  # q_proj; where a stage ranks: the rows that its score asked for, and those that stay
+    q: int  # q_proj; where a stage ranks: the rows asked for and those that stay (twice, if asked for in part before)
     score_rows: int  # rows of attention made explicit for a stage, each over `keys` keys
     rows: int  # query rows of the attention proper, o_proj, MLP
     keys: int  # keys and values attended to, cached ones included

@@ -33,7 +33,7 @@ MUTANTS = [
     ("decoder.py", "rows_of(places, image,", "rows_of(kept, image,", "test_pruning.py::test_dropping_is_hiding"),
     ("decoder.py", "hidden.take_along_dim(left[:, p:, None]", "hidden.take_along_dim(left[:1, p:, None]",
      "test_pruning.py::test_batch_is_one_by_one"),
-    ("decoder.py", "x = hidden.take_along_dim(left[:, p:", "x = hidden.take_along_dim(left[:, : left.shape[1] - p",
+    ("decoder.py", "q = hidden.take_along_dim(left[:, p:", "q = hidden.take_along_dim(left[:, : left.shape[1] - p",
      "test_prefix.py::test_same_as_without"),
     ("decoder.py", "image = kept, slice(image.start, image.start + kept.shape[1])", "image = kept, image",
      "test_pruning.py::test_dropping_is_hiding"),

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -1209,3 +1209,10 @@ def test_a_message_is_one_short_line():
     assert str(HimapError("café ▁ 猫")) == "café ▁ 猫"
     long = str(HimapError("start " + "x" * 10**6 + " end"))
     assert len(long) < 1100 and long.startswith("start x") and long.endswith("x end")
+
+
+def test_printing_into_a_string():
+    """A study that only works where standard output is a real file."""
+    with redirect_stdout(io.StringIO()) as printed:
+        run_command(lambda: print("answer"))
+    assert printed.getvalue() == "answer\n"

@@ -404,7 +404,10 @@ def test_queries_are_made_once(embeddings):
             assert torch.equal(by.queries(slice(*rows)), q[:, :, slice(*rows)])
         assert torch.equal(by.queries_left(places), want) and torch.equal(by.queries_left(places, 3), want[:, :, 3:])
         assert made[: len(asked)] == asked and by.q_rows == sum(map(len, made))
-    assert torch.equal(by.queries(slice(-2, None)), q[:, :, -2:])
+    assert torch.equal(by.queries(slice(-2, None)), q[:, :, -2:]) and by.queries(slice(4, 4)).shape == (2, 1, 0, 4)
+    for rows in (slice(3, 5, 2), slice(8, 6), slice(None, None, -1)):
+        with pytest.raises(HimapError, match="without a step"):
+            by.attention(rows, by.image)
 
 
 def test_view_rows_are_slices_of_the_prompt(embeddings):
