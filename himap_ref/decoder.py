@@ -199,7 +199,8 @@ class LlamaDecoder(nn.Module):
         self.config = config
         vocabulary = torch.zeros(config.vocab_size, config.hidden_size)  # by hand: see the encoder's Embeddings
         self.embed_tokens = nn.Embedding.from_pretrained(vocabulary, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))  # type: ignore
+        layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = layers  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

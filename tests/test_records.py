@@ -55,7 +55,10 @@ def test_other_settings_are_refused(tmp_path, settings):
     assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["hello", "hello\n", "[1]\n", "{}\n", '{"settings": 3}\n', "\n", "\xff\n"])
+OTHERS = ["hello", "hello\n", "[1]\n", "{}\n", '{"settings": 3}\n', "\n", "\xff\n", "[" * 100_000 + "\n"]
+
+
+@pytest.mark.parametrize("text", OTHERS, ids=range(len(OTHERS)))
 def test_other_files_are_refused(tmp_path, text):
     """Somebody's file appended to, or cut."""
     path = tmp_path / "notes.txt"
