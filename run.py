@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,19 +47,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    import torch  # here, so that --help and wrong arguments answer at once
-
-    from himap_ref import HimapError, Llava
+    # here, so that --help and wrong arguments answer at once: torch comes with it
+    from himap_ref.commands import report
+    from himap_ref.commands.files import write_whole
+    from himap_ref.commands.options import is_embedded, load_model, revision_of
+    from himap_ref.commands.picture import draw_kept, looks_drawn
+    from himap_ref.errors import HimapError
     from himap_ref.image import load_image
-    from himap_ref.prompt import TEMPLATES
-    from himap_ref.studies import report
-    from himap_ref.studies.files import write_whole
-    from himap_ref.studies.methods import Method, parse_method, parse_stages
-    from himap_ref.studies.options import revision_of
-    from himap_ref.weights import find_device, find_folder
+    from himap_ref.methods.schedules import Method, parse_method, parse_stages
 
-    embedded = os.path.realpath(args.weights) == os.path.realpath(EMBEDDED)
-    if (args.image is None) != (args.prompt is None) or args.image is None and not embedded:
+    if (args.image is None) != (args.prompt is None) or args.image is None and not is_embedded(args.weights):
         raise HimapError("--image FILE (or none) and --prompt QUESTION: give both, or neither to see the example")
     image, prompt = EXAMPLE if args.image is None else (args.image, args.prompt)
     image = None if image == "none" else load_image(image)
@@ -69,16 +64,9 @@ def main(args: argparse.Namespace) -> None:
         raise HimapError(f"--show {args.show}: needs a picture to draw on, and a .png file in a folder that exists")
 
     start = time.perf_counter()
-    dtype = getattr(torch, args.dtype or ("float32" if embedded else "bfloat16"))
-    device = find_device(args.device, dtype)  # before gigabytes are downloaded
-    folder = find_folder(args.weights, args.revision)
-    model = Llava.from_pretrained(folder, dtype, device)
+    model, folder = load_model(args)
     seconds = {"load": time.perf_counter() - start}
-    if args.pad:
-        model.image_processor = replace(model.image_processor, do_pad=True)
-    if args.template is not None:
-        model.template = TEMPLATES.get(args.template, args.template)
-    if embedded and image is not None and not report.looks_drawn(image):
+    if image and {"note", "palette"} <= {*model.settings} and not looks_drawn(image, model.settings["palette"]):
         print("note: " + model.settings["note"], file=sys.stderr)
 
     name = f"random{args.seed}" if args.method == "random" else args.method
@@ -101,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     if args.show and method.reducer:
         print("note: --show draws what the decoder's stages kept, and this method has none", file=sys.stderr)
     if args.show and image:
-        write_whole(args.show, report.draw_kept(model, image, answer.trace).save)
+        write_whole(args.show, draw_kept(model, image, answer.trace).save)
     if args.trace:
         print(report.layer_table(result), file=sys.stderr)
     if answer.finish != "eos":
@@ -117,7 +105,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so, but NumPy is not needed
     warnings.filterwarnings("ignore", message="Image size")  # Pillow, at half of its limit
     try:
-        from himap_ref.errors import run_command  # torch with it, which takes seconds
+        from himap_ref.commands.manners import run_command  # torch with it, which takes seconds
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,10 +1,5 @@
 """The one error type that a user can cause: its message is a single line that says what is wrong and what to do."""
 
-import io
-import os
-import sys
-from collections.abc import Callable
-
 
 class HimapError(ValueError):
     """Bad input: a file, a number, a name."""
@@ -12,30 +7,3 @@ class HimapError(ValueError):
     def __init__(self, message: str):  # which may quote a file: no line breaks, terminal codes or pages of it
         message = message if len(message) <= 1000 else f"{message[:500]} ... {message[-500:]}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command-line tool: bad input, a full disk or memory end it with one line and status 2, Ctrl-C with 130."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us: what is printed must not end up in the other one
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of an answer
-    try:
-        main()
-        sys.stdout.flush()
-        return
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (HimapError, OSError) as error:
-        reason = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not any(sign in repr(error) for sign in ("MemoryError", "out of memory", "can't allocate memory")):
-            raise  # a bug of ours
-        reason = "out of memory: fewer questions at a time, --dtype bfloat16 or a smaller model need less"
-    try:
-        print(f"error: {HimapError(reason)}", file=sys.stderr)
-        sys.stdout.flush()
-    except OSError:  # a full disk, a closed pipe: Python would say so once more on its way out
-        sys.stdout = sys.stderr = None
-    sys.exit(2)

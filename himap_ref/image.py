@@ -1,8 +1,4 @@
-"""Pictures: a file of any usual format becomes the normalised pixels that the encoder was trained on.
-
-Equal to transformers' CLIP and LLaVA image processors (Pillow backend): resize the shortest side (bicubic), centre
-crop, or first pad to a square of the mean colour; then rescale and normalise.
-"""
+"""Pictures: a file of any usual format becomes the normalised pixels that the encoder was trained on."""
 
 from __future__ import annotations
 
@@ -14,19 +10,19 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .config import check_fields, known, read_bytes, read_json, section
 from .errors import HimapError
 
 MAX_PIXELS = 150_000_000  # of a file, or of what is made of it: padded, a 1 x 40000 picture has 1.6 gigapixels
 # Not all that Pillow knows: for EPS it would start Ghostscript, and rarely used readers are rarely checked.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-WITHOUT: dict[str, dict] = {  # what a step amounts to that is switched off
-    "do_resize": {"size": {"shortest_edge": None}},
-    "do_center_crop": {"crop_size": {}},
-    "do_rescale": {"rescale_factor": 1.0},
-    "do_normalize": {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)},
-}
+
+def read_bytes(path: Path, size: int = -1) -> bytes:
+    """Of a file. An archive may hold pipes and links to devices: one is waited for, the other read, for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError("a pipe or a device, not a file")
+    with path.open("rb") as file:
+        return file.read(size)
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
@@ -34,17 +30,15 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     Image.init()  # fills Image.OPEN
     formats = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow has no AVIF
     try:
-        if isinstance(source, Image.Image):
-            image = source
-        else:  # bytes at hand: no part of a file claims more memory than the file has
-            image = Image.open(io.BytesIO(read_bytes(Path(source))), formats=formats)
+        image = source
+        if not isinstance(image, Image.Image):  # bytes at hand: no part of a file claims more memory than the file has
+            image = Image.open(io.BytesIO(read_bytes(Path(image))), formats=formats)
         if not 0 < image.width * image.height <= MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels: expected 1 to {MAX_PIXELS}")
         return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's readers let anything through: struct.error, IndexError, EOFError, ...
-        unknown = isinstance(error, UnidentifiedImageError) and f"expected {', '.join(FORMATS)}"
-        reason = unknown or str(error) or type(error).__name__
-        raise HimapError(f"{source}: cannot be read as a picture ({reason})") from None
+        why = f"expected {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise HimapError(f"{source}: cannot be read as a picture ({why or type(error).__name__})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -62,7 +56,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What `preprocessor_config.json` says. The defaults are LLaVA-1.5's as llava-hf publishes it."""
+    """Equal to transformers' CLIP and LLaVA processors (Pillow backend). The defaults are those of llava-hf's files."""
 
     shortest_edge: int | None = 336
     size: tuple[int, int] | None = None  # (height, width): resize to exactly this, where there is no shortest_edge
@@ -73,54 +67,17 @@ class ImageProcessor:
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
-    def __post_init__(self):
-        check_fields(self)
-
-    @classmethod
-    def from_folder(cls, folder: Path, image_size: int) -> ImageProcessor:
-        """From preprocessor_config.json or, as transformers 5 may write it, from within processor_config.json.
-
-        The original LLaVA says in config.json whether to pad.
-        """
-        data = {"do_pad": read_json(folder / "config.json").get("image_aspect_ratio") == "pad"}
-        if (path := folder / "preprocessor_config.json").exists():
-            data |= read_json(path)
-        elif (path := folder / "processor_config.json").exists():
-            data |= section(read_json(path), "image_processor") or {}
-        processor = cls.from_dict(data, image_size)
-        if (processor.crop_size or processor.size) != (image_size, image_size):
-            raise HimapError(f"{folder}: the image processor does not make pictures of {image_size} pixels a side")
-        return processor
-
-    @classmethod
-    def from_dict(cls, data: dict, image_size: int = 224) -> ImageProcessor:
-        """`do_*: false` switches a step off; sizes are an int, {"shortest_edge"} or {"height", "width"}."""
-        data = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if v is not None}
-        data = {"size": image_size, "crop_size": image_size, **data}
-        for step, without in WITHOUT.items():
-            if not isinstance(data.get(step, True), bool):
-                raise HimapError(f"image processor: {step} is neither true nor false")
-            data |= {} if data.get(step, True) else without
-        size, crop = data["size"], data["crop_size"]
-        size = size if isinstance(size, dict) else {"shortest_edge": size}
-        crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
-        sizes = {
-            "shortest_edge": size.get("shortest_edge"),
-            "size": None if "shortest_edge" in size else (size.get("height"), size.get("width")),
-            "crop_size": (crop.get("height"), crop.get("width")) if crop else None,
-        }
-        return cls(**known(cls, data) | sizes)
-
     def frame(self, image: Image.Image) -> Image.Image:
         """The RGB picture padded, resized and cropped: what the model looks at, in 8-bit pixels."""
         short, long = sorted(image.size)
         if (long**2 if self.do_pad else (self.shortest_edge or 0) ** 2 * long / short) > MAX_PIXELS:
             raise HimapError(f"a picture of {' x '.join(map(str, image.size))} pixels is too narrow: crop it first")
         if self.do_pad:
-            image = pad_to_square(image, tuple(int(x * 255) for x in self.image_mean))
+            square = Image.new("RGB", (long, long), tuple(int(x * 255) for x in self.image_mean))
+            square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+            image = square
         if edge := self.shortest_edge:
-            width, height = (int(edge * side / min(image.size)) for side in image.size)
-            image = image.resize((width, height), self.resample)
+            image = image.resize([int(edge * side / min(image.size)) for side in image.size], self.resample)
         elif self.size:
             image = image.resize(self.size[::-1], self.resample)
         if self.crop_size:  # centre crop; what lies outside a smaller picture is black
@@ -136,11 +93,3 @@ class ImageProcessor:
         pixels = (pixels.double() * self.rescale_factor).float()
         pixels = (pixels - torch.tensor(self.image_mean)) / torch.tensor(self.image_std)
         return pixels.permute(2, 0, 1)[None].contiguous()
-
-
-def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    """The picture centred on a square of its longer side."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square

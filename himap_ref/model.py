@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -13,17 +13,16 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 
-from .config import LlavaConfig, read_json
+from .config import LlavaConfig
 from .decoder import DecoderOutput, LlamaDecoder, Prefix
 from .errors import HimapError
 from .flops import Flops, count_flops, prefix_flops
 from .generation import Sampling, clock, generate
 from .image import ImageProcessor, load_image
 from .projector import Projector
-from .prompt import TEMPLATES, Prompt, encode_prompt, find_image_span, read_tokenizer
+from .prompt import TEMPLATES, Prompt, encode_prompt, find_image_span
 from .pruning import Stage, Trace
 from .vision import VisionTower
-from .weights import find_device, find_folder, load_weights, read_eos, read_settings
 
 Picture = str | Path | Image.Image
 
@@ -61,6 +60,7 @@ class Llava(nn.Module):
     """The module tree bears llava-hf's names. `from_pretrained` fills it and reads what else a checkpoint holds."""
 
     tokenizer: Tokenizer  # only a checkpoint has one
+    from_pretrained: ClassVar[Callable[..., Llava]]  # the door's: checkpoint/load.py
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -72,32 +72,7 @@ class Llava(nn.Module):
         self.eos_token_ids: tuple[int, ...] = ()
         self.template = TEMPLATES["vicuna_v1"]
         self.prefix: tuple[list[int], Prefix] | None = None  # ids and what is known of them: see `cache_prefix`
-        self.settings: dict = {}  # himap.json: "template", "stages" (the schedule that suits it), "note" (its limits)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-    ) -> Llava:
-        """From a folder, a hub id or a short name (`weights.SHORT_NAMES`).
-
-        Built on the meta device, strict; on the CPU and in the file's own dtype, tensors stay mapped from the file.
-        Raises HimapError that names the file or tensor at fault.
-        """
-        device, folder = find_device(device, dtype), find_folder(source, revision)
-        config = LlavaConfig.from_dict(read_json(folder / "config.json"))
-        with torch.device("meta"):
-            model = cls(config)
-        model.tokenizer = read_tokenizer(folder)
-        model.image_processor = ImageProcessor.from_folder(folder, config.vision_config.image_size)
-        model.eos_token_ids = read_eos(folder)
-        model.settings = read_settings(folder)
-        model.template = model.settings.get("template", model.template)
-        load_weights(model, config, folder, dtype, device)  # last, because it takes longest
-        return model.eval()
+        self.settings: dict = {}  # himap.json: "template", "stages" (the schedule that suits it), "note", "palette"
 
     def preprocess(self, image: Picture) -> Tensor:
         """A picture or its file -> pixel_values (1, 3, S, S), fp32 on the CPU."""

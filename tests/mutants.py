@@ -107,7 +107,7 @@ MUTANTS = [
      "test_pruning.py::test_decoding_after_pruning_is_hiding"),
     ("generation.py", "decoder.decode(token, n + step,", "decoder.decode(token, n + step + 1,",
      "test_official.py::test_cached_generates_reference_tokens"),
-    ("prompt.py", "return places[0], places[-1] + 1", "return places[0], places[-1]",
+    ("prompt.py", "return (places[0], places[-1] + 1)", "return (places[0], places[-1])",
      "test_prefix.py::test_answers_are_the_same"),
     # the cache and the prefix
     ("decoder.py", "start, stop = self.k.shape[2], self.k", "start, stop = self.k.shape[2] - 1, self.k",

@@ -29,16 +29,16 @@ from PIL import Image
 from toys import noise
 
 from himap_ref import HimapError, Llava, LlavaConfig, TextConfig, VisionConfig
-from himap_ref import config as config_module
-from himap_ref.errors import run_command
+from himap_ref.checkpoint.config import LIMITS
+from himap_ref.checkpoint.files import find_device, find_folder
+from himap_ref.commands.files import check_writable, write_text, write_whole
+from himap_ref.commands.manners import run_command
+from himap_ref.commands.options import revision_of
 from himap_ref.image import ImageProcessor, load_image
 from himap_ref.studies import evaluate
-from himap_ref.studies.files import check_writable, write_text, write_whole
 from himap_ref.studies.fuzz import CONFIG, build_model, join_safetensors, split_safetensors, write_json
-from himap_ref.studies.options import revision_of
 from himap_ref.studies.records import Records
 from himap_ref.studies.train import save_state
-from himap_ref.weights import find_device, find_folder
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
@@ -576,6 +576,10 @@ FOLDERS = {  # what is wrong: (damage, line)
         lambda folder: edit_json(folder / "himap.json", stages="1:0.5:os:getcwd"),
         "score 'os:getcwd' is unknown: expected {scores}",
     ),
+    "himap.json with a palette of words": (
+        lambda folder: edit_json(folder / "himap.json", palette="red blue"),
+        "palette 'red blue': expected colours such as #de2020, with spaces between them",
+    ),
     "image_processor a list": (image_processor_a_list, "image_processor [1]: expected a JSON object"),
 }  # fmt: skip
 
@@ -710,7 +714,7 @@ def test_limits():
     """A limit under a name that no field has; sizes within their limits whose product is too large for a tensor."""
     kinds = LlavaConfig, VisionConfig, TextConfig, ImageProcessor
     names = {name for kind in kinds for name in kind.__dataclass_fields__}
-    assert set(config_module.LIMITS) - {"int", "float"} <= names
+    assert set(LIMITS) - {"int", "float"} <= names
     top, layers = 2**19, 1
     vision = VisionConfig(top, top, layers, 1, image_size=2**13, patch_size=1)
     patches = VisionConfig(top, top, layers, 1, image_size=2**13, patch_size=2**13)
@@ -999,7 +1003,7 @@ def python(code, *args, **options):
 
 def test_disk_full_for_the_answer():
     """A traceback from the interpreter on its way out, when the little that was printed is really written."""
-    code = "from himap_ref.errors import run_command; run_command(lambda: print('yellow'))"
+    code = "from himap_ref.commands.manners import run_command; run_command(lambda: print('yellow'))"
     with Path("/dev/full").open("w") as full:
         done = python(code, stdout=full, stderr=subprocess.PIPE, capture_output=False)
     assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
@@ -1130,14 +1134,17 @@ def test_dtype_that_the_device_lacks():
         find_device("cpu", torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("where", ["Llava.embed_image", "load_weights", "LlamaDecoder.forward", "LlamaDecoder.decode"])
+@pytest.mark.parametrize("where", [
+    "model.Llava.embed_image", "checkpoint.load.load_weights", "decoder.LlamaDecoder.forward",
+    "decoder.LlamaDecoder.decode",
+])  # fmt: skip
 def test_ctrl_c(ask, monkeypatch, where):
     """In the encoder, while loading, in the prefill and in a later token."""
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"himap_ref.model.{where}", interrupted)
+    monkeypatch.setattr(f"himap_ref.{where}", interrupted)
     status, out, err = ask("--max-new-tokens", 5)
     assert status == 130 and err == "" and out.count("\n") <= 1
 

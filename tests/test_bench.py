@@ -10,14 +10,15 @@ import torch
 from safetensors import safe_open
 from test_flops import counted
 
-from himap_ref import HIMAP, LLAVA_1_5_7B, HimapError, Llava, LlavaConfig
+from himap_ref import HIMAP, LLAVA_1_5_7B, HimapError, Llava
+from himap_ref.checkpoint.config import read_config
 from himap_ref.flops import pass_flops, vanilla_prefill
+from himap_ref.methods.plan import plan_prefill
+from himap_ref.methods.reducers import ClsAttention
 from himap_ref.studies import bench, timing
 from himap_ref.studies.bench import Setting, compared, figures, our_answer, our_vision, paper_order, readers
 from himap_ref.studies.literature import three_matrix_layer
-from himap_ref.studies.plan import plan_prefill
 from himap_ref.studies.random_weights import random_model, write
-from himap_ref.studies.reducers import ClsAttention
 from himap_ref.studies.timing import Contestant, Sample, Stopwatch, replay, take_turns, typical
 
 CPU = torch.device("cpu")
@@ -247,7 +248,7 @@ def test_written_folder(written):
         "vision_tower.vision_model.post_layernorm.weight", "multi_modal_projector.linear_2.bias",
     ):  # fmt: skip
         assert name in index["weight_map"]
-    assert LlavaConfig.from_dict(json.loads((folder / "config.json").read_text())) == config
+    assert read_config(json.loads((folder / "config.json").read_text())) == config
     with pytest.raises(HimapError, match="holds weights already"):
         write(config, torch.float32, folder)
 

@@ -13,10 +13,10 @@ import torch
 from toys import make_tokenizer
 
 from himap_ref import LLAVA_1_5_7B, HimapError, Llava
+from himap_ref.methods.schedules import Method, parse_method
 from himap_ref.studies import bias, evaluate, sweep
 from himap_ref.studies.asking import ask_each
 from himap_ref.studies.evaluate import Evaluation, answer
-from himap_ref.studies.methods import Method, parse_method
 from himap_ref.studies.metrics import METRICS, bootstrap, wilson
 from himap_ref.studies.questions import Example
 from himap_ref.studies.scenes import TEST, draw, make_scene

@@ -26,9 +26,10 @@ from himap_ref.flops import (
     vision_flops,
 )
 from himap_ref.generation import generate
+from himap_ref.methods.plan import plan_prefill
+from himap_ref.methods.schedules import FASTV
+from himap_ref.methods.scores import all_to_image, last_to_image, random
 from himap_ref.studies.literature import definitions, paper_flops, three_matrix_layer, tokens_per_layer
-from himap_ref.studies.methods import FASTV, all_to_image, last_to_image, random
-from himap_ref.studies.plan import plan_prefill
 
 CONFIG_7B, CONFIG_13B = LLAVA_1_5_7B.text_config, LLAVA_1_5_13B.text_config
 

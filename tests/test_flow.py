@@ -15,10 +15,10 @@ from torch.testing import assert_close
 from toys import TOKENIZERS, make_tokenizer
 
 from himap_ref import HimapError, Llava
+from himap_ref.commands.options import EMBEDDED
 from himap_ref.decoder import rope
 from himap_ref.pruning import LayerView
 from himap_ref.studies import flow
-from himap_ref.studies.options import EMBEDDED
 from himap_ref.studies.plots import check_picture, figure
 from himap_ref.studies.questions import scene_examples
 

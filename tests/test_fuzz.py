@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from himap_ref import HimapError, Llava, config, image
-from himap_ref.config import known
-from himap_ref.studies import fuzz, methods, questions
+from himap_ref import HimapError, Llava
+from himap_ref.checkpoint import config
+from himap_ref.checkpoint.config import build
+from himap_ref.methods import schedules
+from himap_ref.studies import fuzz, questions
 from himap_ref.studies.fuzz import FILES, Workspace, attempt, case, join_safetensors, split_safetensors, unpack
 from himap_ref.studies.questions import parse_questions
 
@@ -184,7 +186,7 @@ def test_lost_guards_are_noticed(workspace, monkeypatch):
 
     function = json.dumps({"stages": "1:2:os:getcwd"}).encode()
     assert attempt(workspace, "model/himap.json", function) == "refused"
-    monkeypatch.setattr(methods, "_find_score", lambda name, trusted: methods._own_score(name))
+    monkeypatch.setattr(schedules, "_find_score", lambda name, trusted: schedules._own_score(name))
     assert attempt(workspace, "model/himap.json", function) == "Wrong: a score that is not one of ours"
 
 
@@ -192,13 +194,13 @@ def test_misread_files_are_noticed(workspace, monkeypatch):
     """A configuration of which a field is passed over, questions of which one is lost: fine, as far as anybody sees."""
 
     def all_but_eps(cls, data):
-        return {name: value for name, value in known(cls, data).items() if "eps" not in name}
+        return build(cls, {name: value for name, value in data.items() if "eps" not in name})
 
-    monkeypatch.setattr(config, "known", all_but_eps)
+    monkeypatch.setattr(config, "build", all_but_eps)
     outcome = attempt(workspace, "model/config.json", (workspace.root / "model/config.json").read_bytes())
     assert outcome == "Wrong: rms_norm_eps is 1e-06, the file says 1e-05"
     monkeypatch.undo()
-    monkeypatch.setattr(image, "known", lambda cls, data: known(cls, data | {"image_std": (1.0, 1.0, 1.0)}))
+    monkeypatch.setattr(config, "build", lambda cls, data: build(cls, data | {"image_std": (1.0, 1.0, 1.0)}))
     for name in ("model/preprocessor_config.json", "newer/processor_config.json"):
         outcome = attempt(workspace, name, (workspace.root / name).read_bytes())
         assert outcome == "Wrong: image_std is (1.0, 1.0, 1.0), the file says (0.5, 0.5, 0.5)"

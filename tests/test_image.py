@@ -11,6 +11,7 @@ from PIL import Image
 from toys import noise
 
 from himap_ref import HimapError
+from himap_ref.checkpoint.config import image_processor
 from himap_ref.image import ImageProcessor, load_image
 
 RED, GREEN, BLUE, WHITE = (250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 250)
@@ -197,7 +198,7 @@ def test_crop_larger_than_the_picture():
 
 def test_settings_of_the_file():
     """One of the spellings of preprocessor_config.json would give another size, or a switched-off step would run."""
-    read = ImageProcessor.from_dict
+    read = image_processor
     long_form = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     assert read({"size": 28, "crop_size": 28}) == read(long_form)
     assert read({"size": 28, "crop_size": 28}).shortest_edge == 28

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from himap_ref import HIMAP, HimapError, LayerView, Stage, image_to_image
 from himap_ref.flops import projector_flops, vision_flops
-from himap_ref.studies.methods import METHODS, SCORES, last_to_image, parse_method, parse_stages
-from himap_ref.studies.reducers import AveragePool, ClsAttention
+from himap_ref.methods.reducers import AveragePool, ClsAttention
+from himap_ref.methods.schedules import METHODS, parse_method, parse_stages
+from himap_ref.methods.scores import SCORES, last_to_image
 from himap_ref.studies.scenes import UNSEEN, draw, make_scene
 
 

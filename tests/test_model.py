@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from himap_ref import HimapError, Stage, text_to_image
+from himap_ref.checkpoint.files import find_device
 from himap_ref.generation import Sampling, generate, probabilities
 from himap_ref.vision import ACTIVATIONS
-from himap_ref.weights import find_device
 
 IDS = torch.tensor([[1, 5, *[96] * 16, 7, 8]])  # 96 is the image token of tiny_llava
 

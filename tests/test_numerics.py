@@ -15,9 +15,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from himap_ref import HIMAP, HimapError, Llava, Stage
-from himap_ref.studies import disruption, evaluate, flow, reducers
+from himap_ref.methods import reducers
+from himap_ref.methods.schedules import Method, parse_method
+from himap_ref.methods.scores import SCORES
+from himap_ref.studies import disruption, evaluate, flow
 from himap_ref.studies.asking import ask_each
-from himap_ref.studies.methods import SCORES, Method, parse_method
 from himap_ref.studies.precision import digest, threads
 from himap_ref.studies.questions import scene_examples
 

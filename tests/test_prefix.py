@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from himap_ref import HIMAP, HimapError, Stage, image_to_image, text_to_image
 from himap_ref.flops import pass_flops, prefix_flops
 from himap_ref.generation import generate
-from himap_ref.studies.methods import all_to_image, last_to_image
-from himap_ref.studies.plan import plan_prefill
-from himap_ref.studies.reducers import ClsAttention
+from himap_ref.methods.plan import plan_prefill
+from himap_ref.methods.reducers import ClsAttention
+from himap_ref.methods.scores import all_to_image, last_to_image
 
 SPAN, N = (6, 20), 27
 QUESTION = "How many objects are there?"

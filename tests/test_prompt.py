@@ -6,7 +6,8 @@ import pytest
 from toys import IMAGE_TOKEN, TOKENIZERS, make_tokenizer
 
 from himap_ref import HimapError
-from himap_ref.prompt import TEMPLATES, encode_prompt, find_image_span, read_tokenizer
+from himap_ref.checkpoint.files import read_tokenizer
+from himap_ref.prompt import TEMPLATES, encode_prompt, find_image_span
 
 N = 9  # image tokens
 TEMPLATE = TEMPLATES["vicuna_v1"]

@@ -7,8 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from himap_ref import HIMAP, HIMAP_CAPTION, HimapError, Stage, image_to_image, text_to_image
+from himap_ref.methods.schedules import FASTV, parse_stages
+from himap_ref.methods.scores import SCORES, all_to_image, last_to_image, random
 from himap_ref.pruning import LayerView, keep_highest
-from himap_ref.studies.methods import FASTV, SCORES, all_to_image, last_to_image, parse_stages, random
 
 near = {"rtol": 1e-4, "atol": 5e-5}
 

@@ -11,10 +11,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from toys import TINY_CONFIG, hub_name, make_tokenizer, noise, write_json
+from toys import TINY_CONFIG, make_tokenizer, noise, write_json
 
-from himap_ref import HimapError, Llava, LlavaConfig, TextConfig, VisionConfig
-from himap_ref.weights import find_folder, rename
+from himap_ref import HimapError, Llava, TextConfig, VisionConfig
+from himap_ref.checkpoint.config import read_config
+from himap_ref.checkpoint.files import find_folder
+from himap_ref.checkpoint.load import rename
+from himap_ref.checkpoint.write import hub_name
+from himap_ref.studies.train import export
 
 WEIGHTS = "model.safetensors"
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
@@ -22,7 +26,7 @@ QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 
 def random_llava(data: dict, seed: int = 0) -> Llava:
     torch.manual_seed(seed)
-    model = Llava(LlavaConfig.from_dict(data))
+    model = Llava(read_config(data))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -225,6 +229,17 @@ def test_end_of_sequence_ids(folder, generation, top, text, expected):
     assert tuple(Llava.from_pretrained(folder).eos_token_ids) == expected
 
 
+def test_the_embedded_folder_is_what_the_writer_writes(tmp_path):
+    """A writer that has gone its own way since: the next training would give a folder that nobody has tested."""
+    embedded = Path(__file__).parents[1] / "weights" / "shapes"
+    model = Llava.from_pretrained(embedded)
+    export(model, model.tokenizer, tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {path.name for path in embedded.iterdir()} - {"README.md", "results"}
+    for name in written - {"example.png"}:  # whose bytes are Pillow's
+        assert (tmp_path / name).read_bytes() == (embedded / name).read_bytes(), name
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -413,7 +428,7 @@ def test_weights_stay_mapped(folder):
     """Loading a file of the machine's size would need twice the memory, and not share it between processes."""
     data = changed(text_config={"vocab_size": 400_000, "hidden_size": 64})
     with torch.device("meta"):
-        shapes = {hub_name(k): list(v.shape) for k, v in Llava(LlavaConfig.from_dict(data)).state_dict().items()}
+        shapes = {hub_name(k): list(v.shape) for k, v in Llava(read_config(data)).state_dict().items()}
     write_json(folder / "config.json", data)
     size = write_sparse(folder / WEIGHTS, shapes)
     assert size > 200e6
@@ -429,7 +444,7 @@ def test_weights_stay_mapped(folder):
 
 def test_defaults_are_those_of_transformers():
     """Files store only what differs from transformers' defaults: another default here is another model."""
-    config = LlavaConfig.from_dict({"model_type": "llava", "vision_config": {}, "text_config": {}})
+    config = read_config({"model_type": "llava", "vision_config": {}, "text_config": {}})
     text, vision = config.text_config, config.vision_config
     assert (text.rms_norm_eps, text.rope_theta, text.head_dim) == (1e-6, 10000, 128)
     assert (text.vocab_size, text.max_position_embeddings) == (32000, 2048)
@@ -443,7 +458,7 @@ def test_defaults_are_those_of_transformers():
 
 def test_published_config():
     """LLaVA-1.5-7B's file as the hub has it (text_config all but empty) would be read as another shape."""
-    config = LlavaConfig.from_dict({
+    config = read_config({
         "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000,
         "model_type": "llava", "pad_token_id": 32001, "projector_hidden_act": "gelu",
         "text_config": {
@@ -472,7 +487,7 @@ def test_published_config():
 ])  # fmt: skip
 def test_original_config(keys, expected):
     """The original LLaVA's config.json is flat and has no vision_config: it would be read as a text-only LLaMA's."""
-    config = LlavaConfig.from_dict({
+    config = read_config({
         "model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024,
         "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40,
         "rms_norm_eps": 1e-05, "vocab_size": 32000, "max_position_embeddings": 4096, **keys,
@@ -488,7 +503,7 @@ def test_original_config(keys, expected):
 @pytest.mark.parametrize(("layer", "used"), [(-2, 2), (-1, 3), (2, 2), (0, 0), (3, 3), (-4, 0)])
 def test_feature_layer(layer, used):
     """Index 0 is the embeddings' output: counting layers from 0 takes the features one layer too late."""
-    assert LlavaConfig.from_dict(changed(vision_feature_layer=layer)).vision_layers_used == used
+    assert read_config(changed(vision_feature_layer=layer)).vision_layers_used == used
 
 
 @pytest.mark.parametrize("rope", [
@@ -497,14 +512,14 @@ def test_feature_layer(layer, used):
 ])  # fmt: skip
 def test_rope_theta(rope):
     """transformers 5 moved rope_theta into rope_parameters: read in one place only, it would be 10000 again."""
-    assert LlavaConfig.from_dict(changed(text_config=rope)).text_config.rope_theta == 5e5
+    assert read_config(changed(text_config=rope)).text_config.rope_theta == 5e5
 
 
 @pytest.mark.parametrize("key", ["image_token_index", "image_token_id"])
 def test_image_token(key):
     """One of the two names that transformers has used would be overlooked."""
     data = {name: value for name, value in TINY_CONFIG.items() if name != "image_token_index"} | {key: 5}
-    assert LlavaConfig.from_dict(data).image_token_index == 5
+    assert read_config(data).image_token_index == 5
 
 
 @pytest.mark.parametrize(("data", "words"), [
@@ -529,4 +544,4 @@ def test_image_token(key):
 def test_unsupported_config(data, words):
     """A model that this code does not implement would load and answer wrongly."""
     with pytest.raises(HimapError, match=words), torch.device("meta"):
-        Llava(LlavaConfig.from_dict(data))
+        Llava(read_config(data))

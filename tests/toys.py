@@ -88,16 +88,5 @@ TINY_CONFIG = {
 }  # fmt: skip
 
 
-def hub_name(name: str) -> str:
-    """A tensor's name in this package -> in llava-hf's files on the hub."""
-    if name.startswith("vision_tower.layers."):
-        return name.replace("vision_tower.", "vision_tower.vision_model.encoder.")
-    if name.startswith("vision_tower."):
-        return name.replace("vision_tower.", "vision_tower.vision_model.")
-    if name.startswith("language_model.") and not name.startswith("language_model.lm_head."):
-        return name.replace("language_model.", "language_model.model.")
-    return name
-
-
 def write_json(path: Path, data: dict) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")

@@ -27,18 +27,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..checkpoint.files import find_device, find_folder, tensor_files
+from ..checkpoint.load import rename
+from ..checkpoint.write import config_json
+from ..commands.files import check_writable, write_text
+from ..commands.manners import run_command
+from ..commands.options import EMBEDDED
+from ..commands.report import amount, markdown
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, LlavaConfig
-from ..errors import HimapError, run_command
+from ..errors import HimapError
 from ..flops import decode_steps, kv_cache_bytes, pass_flops, projector_flops, vanilla_prefill, vision_flops
 from ..generation import generate
+from ..methods.schedules import parse_method
 from ..model import ImageReducer, Llava
 from ..pruning import LayerTrace
-from ..weights import find_device, find_folder, rename, tensor_files
-from .files import check_writable, write_text
-from .methods import parse_method
-from .options import EMBEDDED
-from .random_weights import hub_config, random_model, write
-from .report import amount, markdown
+from .random_weights import random_model, write
 from .timing import Contestant, Mark, note_products, take_turns
 
 SHAPES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B}
@@ -145,7 +148,7 @@ def transformers_peer(model: Llava) -> Any:
     except ImportError:
         raise HimapError("--peers needs transformers: pip install 'himap-ref[parity]'") from None
     weight, own = model.language_model.norm.weight, model.state_dict()
-    config: Any = transformers.LlavaConfig.from_dict(hub_config(model.config))
+    config: Any = transformers.LlavaConfig.from_dict(config_json(model.config, {}))
     with torch.device("meta"):
         peer = transformers.AutoModelForImageTextToText.from_config(
             config, dtype=weight.dtype, attn_implementation="sdpa"

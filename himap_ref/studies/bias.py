@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import HimapError, run_command
+from ..commands.files import write_text
+from ..commands.manners import run_command
+from ..commands.report import markdown
+from ..errors import HimapError
+from ..methods.schedules import Method, parse_method
 from .evaluate import Evaluation, add_arguments
-from .files import write_text
-from .methods import Method, parse_method
 from .plots import check_picture, figure
-from .report import markdown
 from .sweep import Entry, line_of
 
 TENTHS = 10

@@ -33,17 +33,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..commands.manners import run_command
+from ..commands.options import add_model_arguments
 from ..decoder import DecoderOutput, LayerCache, LlamaDecoder, rope
-from ..errors import HimapError, run_command
+from ..errors import HimapError
 from ..generation import Generated, generate
 from ..model import Llava
 from ..pruning import Trace, causal_mask
 from .asking import record_each
 from .metrics import wilson
-from .options import add_model_arguments, load_model
 from .plots import check_picture, figure
 from .questions import Example, add_question_arguments, load_examples
-from .records import Records, results_path
+from .records import Records, load_recorded, results_path
 
 KINDS = ("img2txt", "img2img", "random")
 READINGS = {"only": "in this layer only", "from": "from this layer on", "upto": "up to this layer"}
@@ -341,7 +342,7 @@ def main() -> None:
     if args.plot:
         check_picture(args.plot)
     examples, data = load_examples(args)
-    model, weights = load_model(args)
+    model, weights = load_recorded(args)
     blocks = blocks_of(args, model.config.text_config.num_hidden_layers)
     own = {name: getattr(args, name) for name in ("kinds", "readings", "layers", "keep_diagonal", "seed")}
     settings = {**weights, **data, **own, "max_new_tokens": args.max_new_tokens}

@@ -20,17 +20,18 @@ from typing import Any, cast
 
 import torch
 
-from ..errors import HimapError, run_command
+from ..commands.manners import run_command
+from ..commands.options import add_model_arguments
+from ..commands.report import amount
+from ..errors import HimapError
 from ..flops import kv_cache_bytes
+from ..methods.schedules import Method, parse_method
 from ..model import Answer, Llava
 from .asking import record_each
 from .literature import paper_flops
-from .methods import Method, parse_method
 from .metrics import METRICS, Metric, interval
-from .options import add_model_arguments, load_model
 from .questions import Example, add_question_arguments, load_examples
-from .records import Records, results_path
-from .report import amount
+from .records import Records, load_recorded, results_path
 
 
 def answer(
@@ -59,7 +60,7 @@ class Evaluation:
             raise HimapError("--batch and --max-new-tokens: must be at least 1")
         examples, data = load_examples(args)
         METRICS[args.metric].check(examples)
-        model, weights = load_model(args)
+        model, weights = load_recorded(args)
         settings = {**weights, **data, "metric": args.metric, "max_new_tokens": args.max_new_tokens}
         return cls(model, examples, METRICS[args.metric], args.max_new_tokens, args.batch, settings)
 

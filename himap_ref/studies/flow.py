@@ -39,18 +39,19 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..commands.files import check_writable, write_whole
+from ..commands.manners import run_command
+from ..commands.options import add_model_arguments
 from ..decoder import DecoderLayer, LlamaDecoder, rope
-from ..errors import HimapError, run_command
+from ..errors import HimapError
 from ..model import Llava
 from ..prompt import encode_prompt
 from ..pruning import LayerView
 from .asking import record_each
 from .evaluate import peak_memory
-from .files import check_writable, write_whole
-from .options import add_model_arguments, load_model
 from .plots import check_picture, figure
 from .questions import Example, add_question_arguments, load_examples
-from .records import Records, results_path
+from .records import Records, load_recorded, results_path
 
 GROUPS = ("system", "image", "text")
 DIRECTIONS = tuple(f"{source}->{target}" for target in GROUPS for source in GROUPS)
@@ -376,7 +377,7 @@ def main() -> None:
     if args.show:
         check_writable(args.show)
     examples, asked = load_examples(args)
-    model, settings = load_model(args)
+    model, settings = load_recorded(args)
     settings = {**settings, **asked, "label": args.label}
     with Records(results_path(args.out, "flow", settings), settings) as records:
         record_each(model, examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")

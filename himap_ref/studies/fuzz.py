@@ -40,13 +40,16 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from ..config import LlavaConfig, read_json
-from ..errors import HimapError, run_command
+from ..checkpoint.config import read_config
+from ..checkpoint.files import read_json, tensor_files
+from ..checkpoint.load import rename
+from ..commands.manners import run_command
+from ..commands.options import EMBEDDED
+from ..config import LlavaConfig
+from ..errors import HimapError
 from ..image import ImageProcessor
+from ..methods.schedules import parse_method
 from ..model import Llava
-from ..weights import rename, tensor_files
-from .methods import parse_method
-from .options import EMBEDDED
 from .questions import Example, parse_questions
 from .scenes import TEST, draw, make_scene
 
@@ -128,7 +131,7 @@ def build_model(folder: Path) -> dict[str, torch.Tensor]:
     write_json(folder / "himap.json", {"stages": "1:0.5:text_to_image,2:1:image_to_image", "note": "random"})
     write_json(folder / COPIED[2], json.loads((folder / COPIED[2]).read_bytes()) | SIZES)
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, like in Llava(LlavaConfig.from_dict(CONFIG)).state_dict().items():
+    for name, like in Llava(read_config(CONFIG)).state_dict().items():
         name = "lm_head.weight" if "lm_head" in name else f"model.{name}"
         tensors[name] = torch.randint(-9, 10, like.shape, generator=generator) / 64  # kept cases compress well
     write_tensors(folder / WEIGHTS, tensors)
@@ -284,7 +287,7 @@ def leaves(tree: object) -> Iterator:
 
 # ---------------------------------------------------------------- beyond the folder
 
-OURS = ("himap_ref.pruning", "himap_ref.studies.methods")
+OURS = ("himap_ref.pruning", "himap_ref.methods.scores")
 REACHING = {  # events of the interpreter (PEP 578); what a library does by itself, in C, it does not hear of
     "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "socket.getaddrinfo",
     "pickle.find_class",

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+from ..commands.manners import run_command
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig
-from ..errors import HimapError, run_command
+from ..errors import HimapError
 from ..flops import kv_cache_bytes, lm_head_flops, pass_flops
+from ..methods.plan import plan_prefill, tokens_per_layer
 from ..pruning import HIMAP, HIMAP_CAPTION, Stage
-from .plan import plan_prefill, tokens_per_layer
 
 
 def paper_layer(n: int, d: int, m: int) -> int:

@@ -25,9 +25,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from ..commands.options import EMBEDDED, load_model
 from ..errors import HimapError
-from .methods import parse_method
-from .options import EMBEDDED, load_model
+from ..methods.schedules import parse_method
 
 MANIFEST = ModelManifest("himap_ref", simple_class_path=f"{__name__}.HimapRef")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from ..commands.files import check_writable, write_whole
 from ..errors import HimapError
-from .files import check_writable, write_whole
 
 
 def check_picture(path: Path) -> None:

@@ -27,15 +27,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import HimapError, run_command
+from ..commands.manners import run_command
+from ..commands.report import markdown
+from ..errors import HimapError
+from ..methods.schedules import Method, parse_method
 from ..model import Answer
 from .asking import record_each
 from .evaluate import Evaluation, add_arguments, answer
-from .methods import Method, parse_method
 from .metrics import interval, paired
 from .questions import Example
 from .records import Records, results_path
-from .report import markdown
 
 HALVES = ("bfloat16", "float16")
 METHODS = ("none", "himap", "himap-paper")

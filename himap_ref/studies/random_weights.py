@@ -7,25 +7,23 @@ draw), and these are neither.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
+from ..checkpoint.files import find_device, tensor_files
+from ..checkpoint.write import folder_files
 from ..config import LlavaConfig
 from ..errors import HimapError
 from ..image import ImageProcessor
 from ..model import Llava
-from ..weights import find_device
-from .train import hub_name
 
 PERIOD = 1_000_003  # prime, so that no two rows of a matrix are the same piece of the block
-SHARD = 2**30  # bytes of one file, and about the memory that writing takes
+SHARD = 2**30  # bytes of one file; writing takes twice that in memory
 BOS, EOS = 1, 2  # as LLaMA has them
 
 
@@ -59,91 +57,33 @@ def fill(weight: Tensor, name: str, seed: int = 0) -> None:
 
 
 def write(config: LlavaConfig, dtype: torch.dtype, folder: Path, shard: int = SHARD) -> int:
-    """The folder as llava-hf publishes one: shards with the hub's tensor names, index, config, a tokenizer of bytes.
+    """The folder as llava-hf publishes one, with a tokenizer of bytes; returns the size of the weights' files.
 
-    Written shard by shard, `shard` bytes of weights each (one larger tensor is a shard of its own); returns their sum.
+    Written shard by shard, `shard` bytes of weights each (one larger tensor is a shard of its own).
     Raises HimapError if the folder cannot be written, or holds weights already.
     """
+    size, model = config.vision_config.image_size, meta_model(replace(config, vision_feature_layer=-1), dtype)
+    model.config = config  # but with all of the encoder's layers: those that no LLaVA reads are published, too
+    model.tokenizer = byte_tokenizer(config.image_token_index)
+    model.image_processor = ImageProcessor(shortest_edge=size, crop_size=(size, size))
+    seeds = count(1)
+
+    def data(name: str, like: Tensor) -> Tensor:
+        weight = torch.empty_like(like, device="cpu")
+        fill(weight, name, next(seeds))
+        return weight
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("*.safetensors*")):
             raise HimapError(f"{folder}: holds weights already: choose another folder")
-        weight_map, total = _write_shards(config, dtype, folder, shard)
-        files = {
-            "model.safetensors.index": {"metadata": {"total_size": total}, "weight_map": weight_map},
-            "config": {**hub_config(config), "torch_dtype": str(dtype).removeprefix("torch.")},
-            "generation_config": {"bos_token_id": BOS, "eos_token_id": EOS},
-            "preprocessor_config": pixels_config(config.vision_config.image_size),
-        }
-        for name, data in files.items():
-            (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        byte_tokenizer(config.image_token_index).save(str(folder / "tokenizer.json"))
-        return total
+        for name, content in folder_files(model, {"bos_token_id": BOS, "eos_token_id": EOS}, {}, data, shard):
+            (folder / name).write_bytes(content)
+        return sum(path.stat().st_size for path in tensor_files(folder))
     except ImportError:
         raise HimapError("writing safetensors files needs NumPy: pip install 'himap-ref[train]'") from None
     except OSError as error:
         raise HimapError(f"{folder}: cannot be written ({error.strerror or error})") from None
-
-
-def _write_shards(config: LlavaConfig, dtype: torch.dtype, folder: Path, shard: int) -> tuple[dict[str, str], int]:
-    """-> {tensor: file}, bytes of all tensors."""
-    groups, total = list(_groups(_published(config, dtype), shard)), 0
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        tensors = {}
-        for name, weight in group.items():
-            tensors[name] = torch.empty_like(weight, device="cpu")
-            fill(tensors[name], name, seed=len(weight_map) + len(tensors))
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    return weight_map, total
-
-
-def _published(config: LlavaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of a published file, on the meta device: also what a LLaVA never reads of its encoder."""
-    model = meta_model(replace(config, vision_feature_layer=-1), dtype)
-    tensors = {hub_name(name): weight for name, weight in model.state_dict().items()}
-    for leaf in ("weight", "bias"):
-        name = f"vision_tower.vision_model.post_layernorm.{leaf}"
-        tensors[name] = torch.empty(config.vision_config.hidden_size, dtype=dtype, device="meta")
-    return tensors
-
-
-def _groups(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Neighbours together, as many as stay within `limit` bytes."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if group and size + tensor.nbytes > limit:
-            yield group
-            group, size = {}, 0
-        group[name], size = tensor, size + tensor.nbytes
-    yield group
-
-
-def hub_config(config: LlavaConfig) -> dict:
-    """`LlavaConfig.from_dict`'s counterpart: the object in a config.json that transformers reads, too."""
-    vision, text = asdict(config.vision_config), asdict(config.text_config)
-    fields = {key: value for key, value in asdict(config).items() if key not in ("vision_config", "text_config")}
-    fields.pop("projector_type")  # the original LLaVA's key
-    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
-    return {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **fields, **tied,
-        "image_seq_length": config.num_image_tokens,
-        "vision_config": {"model_type": "clip_vision_model", "projection_dim": vision["hidden_size"], **vision},
-        "text_config": {"model_type": "llama", **text, "bos_token_id": BOS, "eos_token_id": EOS},
-    }  # fmt: skip
-
-
-def pixels_config(size: int) -> dict:
-    """preprocessor_config.json for pictures of `size` pixels a side."""
-    default = ImageProcessor()
-    return {
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size}, "resample": default.resample,
-        "crop_size": {"height": size, "width": size}, "image_mean": default.image_mean, "image_std": default.image_std,
-    }  # fmt: skip
 
 
 def byte_tokenizer(image_token: int) -> Tokenizer:

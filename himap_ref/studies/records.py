@@ -6,6 +6,7 @@ next start; results of other settings, and a file that another run is writing, a
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -14,8 +15,10 @@ import stat
 from hashlib import sha256
 from pathlib import Path
 
+from ..checkpoint.files import tensor_files
+from ..commands.options import load_model, revision_of
 from ..errors import HimapError
-from ..weights import tensor_files
+from ..model import Llava
 
 try:
     import fcntl
@@ -138,3 +141,13 @@ def fingerprint(folder: Path) -> str:
             file.seek(max(0, path.stat().st_size - 2**20))
             digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def load_recorded(args: argparse.Namespace) -> tuple[Llava, dict]:
+    """The model that the arguments ask for (`commands.options`), and the settings that a results file records of it."""
+    model, folder = load_model(args)
+    weight = model.language_model.norm.weight
+    return model, {
+        "weights": fingerprint(folder), "revision": revision_of(folder), "dtype": str(weight.dtype).split(".")[-1],
+        "device": weight.device.type, "template": model.template, "pad": args.pad,
+    }  # fmt: skip

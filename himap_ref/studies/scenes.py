@@ -21,8 +21,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..errors import HimapError, run_command
-from .files import check_writable, write_whole
+from ..commands.files import check_writable, write_whole
+from ..commands.manners import run_command
+from ..errors import HimapError
 
 SIZE = 126  # pixels a side
 PATCH = 14  # pixels a side of one vision patch: 9 x 9 patches a picture, 3 x 3 a grid cell

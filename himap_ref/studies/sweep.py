@@ -22,18 +22,19 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from ..commands.files import write_text
+from ..commands.manners import run_command
+from ..commands.report import markdown
 from ..config import LlavaConfig
-from ..errors import HimapError, run_command
+from ..errors import HimapError
 from ..flops import pass_flops, projector_flops, vision_flops
+from ..methods.plan import plan_prefill
+from ..methods.schedules import METHODS, Method, parse_method
 from ..model import Llava
 from .evaluate import Evaluation, add_arguments
-from .files import write_text
-from .methods import METHODS, Method, parse_method
 from .metrics import bootstrap, interval, paired
-from .plan import plan_prefill
 from .plots import check_picture, figure
 from .questions import Example
-from .report import markdown
 
 PAPER = (2, 0.5, 8, 0.25)  # K1, share kept by stage 1, K2, share kept by stage 2
 TEXT, IMAGE = "text_to_image", "image_to_image"

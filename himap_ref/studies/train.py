@@ -21,12 +21,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,12 +34,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..checkpoint.write import folder_files
+from ..commands.files import check_writable, write_whole
+from ..commands.manners import run_command
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..decoder import DecoderLayer, rope
-from ..errors import HimapError, run_command
+from ..errors import HimapError
+from ..image import ImageProcessor
 from ..model import Llava
 from ..prompt import TEMPLATES
-from .files import check_writable, write_text, write_whole
 from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, Scene, draw, make_questions, make_scene
 
 GRID = SIZE // PATCH
@@ -298,62 +301,27 @@ def learning_rate(step: int, steps: int) -> float:
 
 def export(model: Llava, tokenizer: Tokenizer, folder: Path) -> None:
     """A folder in llava-hf's layout, with the tensor names of its files on the hub, which every transformers reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vision, text = asdict(model.config.vision_config), asdict(model.config.text_config)
+    model.tokenizer = tokenizer
+    model.image_processor = ImageProcessor(
+        shortest_edge=SIZE, crop_size=(SIZE, SIZE), image_mean=(MEAN,) * 3, image_std=(STD,) * 3
+    )
+    palette = " ".join(f"#{bytes(color).hex()}" for color in COLORS.values())
+    model.settings = {"template": TEMPLATE, "note": NOTE, "palette": palette, "stages": SCHEDULE}
+    more = {
+        "processor_config": {
+            "processor_class": "LlavaProcessor", "patch_size": PATCH, "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1, "image_token": "<image>",
+        },
+        "tokenizer_config": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", "bos_token": "<s>",
+            "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>", "model_max_length": 512,
+            "clean_up_tokenization_spaces": False,
+        },
+    }  # fmt: skip
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    config = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "image_token_index": model.config.image_token_index,
-        "image_seq_length": model.config.num_image_tokens,
-        "vision_feature_layer": model.config.vision_feature_layer,
-        "vision_feature_select_strategy": "default",
-        "projector_hidden_act": "gelu",
-        "vision_config": {"model_type": "clip_vision_model", "projection_dim": vision["hidden_size"], **vision},
-        "text_config": {"model_type": "llama", **text, **tokens},
-        "torch_dtype": "float32",
-        **tokens,
-    }
-    size = {"height": SIZE, "width": SIZE}
-    pixels = {
-        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": SIZE}, "resample": 3, "do_center_crop": True, "crop_size": size,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [MEAN] * 3,
-        "image_std": [STD] * 3,
-    }  # fmt: skip
-    processor = {
-        "processor_class": "LlavaProcessor", "patch_size": PATCH, "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1, "image_token": "<image>",
-    }  # fmt: skip
-    words = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", "bos_token": "<s>",
-        "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>", "model_max_length": 512,
-        "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
-    files = {
-        "config": config, "generation_config": tokens, "preprocessor_config": pixels, "processor_config": processor,
-        "tokenizer_config": words, "himap": {"template": TEMPLATE, "note": NOTE, "stages": SCHEDULE},
-    }  # fmt: skip
-    for name, data in files.items():
-        write_text(folder / f"{name}.json", json.dumps(data, indent=2) + "\n")
-    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    state = {hub_name(name): p.detach().contiguous() for name, p in model.state_dict().items()}
-    d = model.config.vision_config.hidden_size  # never used by a LLaVA, but part of every CLIP file
-    state["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(d)
-    state["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(d)
-    data = save(state, metadata={"format": "pt"})
-    write_whole(folder / "model.safetensors", lambda new: new.write_bytes(data))
+    for name, content in folder_files(model, tokens, more, lambda _, tensor: tensor.contiguous(), shard=2**62):
+        write_whole(folder / name, partial(Path.write_bytes, data=content))
     write_whole(folder / "example.png", draw(make_scene(EXAMPLE_SEED)).save)
-
-
-def hub_name(name: str) -> str:
-    """One of our tensor names in llava-hf's."""
-    part, leaf = name.split(".", 1)
-    if part == "vision_tower":
-        return f"vision_tower.vision_model.{'encoder.' if leaf.startswith('layers.') else ''}{leaf}"
-    if part == "language_model" and not leaf.startswith("lm_head"):
-        return f"language_model.model.{leaf}"
-    return name
 
 
 # ---------------------------------------------------------------- running it

@@ -12,8 +12,8 @@ pytest.importorskip("lmms_eval")
 from lmms_eval.api.instance import Instance  # noqa: E402
 
 from himap_ref import HimapError, Llava  # noqa: E402
+from himap_ref.methods.schedules import parse_stages  # noqa: E402
 from himap_ref.studies.lmms_eval_model import HimapRef, Sampling, cut, read_sampling  # noqa: E402
-from himap_ref.studies.methods import parse_stages  # noqa: E402
 from himap_ref.studies.scenes import draw, make_questions, make_scene  # noqa: E402
 
 SEED = 1_001_000_000  # the first in seeds.jsonl

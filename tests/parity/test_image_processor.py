@@ -6,6 +6,7 @@ import pytest
 import torch
 from toys import noise
 
+from himap_ref.checkpoint.config import image_processor
 from himap_ref.image import ImageProcessor, load_image
 
 transformers = pytest.importorskip("transformers")
@@ -72,8 +73,8 @@ def test_settings(settings):
     """A key of preprocessor_config.json that is overlooked or misread."""
     image = noise(91, 73)
     theirs = transformers.CLIPImageProcessorPil(**settings)
-    assert_equal(ImageProcessor.from_dict(settings)(image), pixels(theirs, image))
-    assert_equal(ImageProcessor.from_dict(theirs.to_dict())(image), pixels(theirs, image))
+    assert_equal(image_processor(settings)(image), pixels(theirs, image))
+    assert_equal(image_processor(theirs.to_dict())(image), pixels(theirs, image))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "RGBA", "CMYK"])

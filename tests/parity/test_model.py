@@ -8,7 +8,8 @@ import pytest
 import torch
 from toys import noise
 
-from himap_ref import Llava, LlavaConfig
+from himap_ref import Llava
+from himap_ref.checkpoint.config import read_config
 from himap_ref.projector import Projector
 
 from .tiny import edit_config, make_model, make_processor, save
@@ -207,7 +208,7 @@ def test_linear_projector():
     heads = {"num_attention_heads": 2}
     data = {"text_config": {"hidden_size": 12, **heads}, "vision_config": {"hidden_size": 10, **heads}}
     torch.manual_seed(0)
-    ours = Projector(LlavaConfig.from_dict(data | {"projector_type": "linear"}))
+    ours = Projector(read_config(data | {"projector_type": "linear"}))
     reference = torch.nn.Linear(10, 12)
     ours.load_state_dict({f"linear_1.{name}": tensor for name, tensor in reference.state_dict().items()}, strict=True)
     x = torch.randn(2, 5, 10)

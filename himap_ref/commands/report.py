@@ -1,19 +1,13 @@
-"""What `run.py` shows of an answer: a JSON object, tables, and the picture with the patches that each stage kept."""
+"""What commands print of answers: a JSON object, one line, tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from PIL import Image, ImageDraw
-
 from ..config import LlavaConfig
 from ..flops import kv_cache_bytes, layer_flops
-from ..model import Answer, Llava
-from ..pruning import Trace
-from .scenes import COLORS
-
-PANEL = 336  # pixels a side of each panel of `draw_kept`
+from ..model import Answer
 
 
 def as_json(config: LlavaConfig, answer: Answer, seconds: dict[str, float], vanilla: Answer | None = None) -> dict:
@@ -96,37 +90,3 @@ def compare_table(pruned: Answer, vanilla: Answer) -> str:
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
-def draw_kept(model: Llava, image: Image.Image, trace: Trace) -> Image.Image:
-    """Panels side by side: the picture as the model sees it, then after each stage, dropped patches faded out."""
-    config, frame = model.config, model.image_processor.frame(image).resize((PANEL, PANEL), Image.Resampling.NEAREST)
-    grid = config.vision_config.image_size // config.vision_config.patch_size
-    first = config.num_image_tokens - grid * grid  # 1 if the class token is image token 0
-    panels = [frame]
-    for stage in trace.stages:
-        mask = Image.new("1", (grid, grid), 1)
-        for token in stage.kept.tolist():
-            if token >= first:
-                mask.putpixel(((token - first) % grid, (token - first) // grid), 0)
-        panel = frame.copy()
-        panel.paste(Image.blend(frame, Image.new("RGB", frame.size, "gray"), 0.85), mask=mask.resize(frame.size))
-        panels.append(panel)
-    sheet = Image.new("RGB", (len(panels) * (PANEL + 8) - 8, PANEL + 18), "white")
-    pen = ImageDraw.Draw(sheet)
-    captions = ["all image tokens", *(f"layer {s.layer}: {len(s.kept)} by {s.score}" for s in trace.stages)]
-    for i, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
-        sheet.paste(panel, (i * (PANEL + 8), 18))
-        pen.text((i * (PANEL + 8) + 2, 3), caption, fill="black")
-    return sheet
-
-
-def looks_drawn(image: Image.Image) -> bool:
-    """Whether nearly all pixels are pale or of one of the scenes' colours, as in no photograph."""
-    raw = image.resize((64, 64), Image.Resampling.NEAREST).tobytes()
-    pixels = list(zip(raw[0::3], raw[1::3], raw[2::3], strict=True))
-    return sum(map(_is_drawn, pixels)) > 0.9 * len(pixels)
-
-
-def _is_drawn(pixel: tuple[int, int, int]) -> bool:
-    return min(pixel) > 190 or any(max(abs(a - b) for a, b in zip(pixel, c, strict=True)) < 24 for c in COLORS.values())

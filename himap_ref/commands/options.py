@@ -1,17 +1,17 @@
-"""Options that the studies share: which weights, where they run, and how a results file names them."""
+"""Options that commands share: which weights, and where they run."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from ..checkpoint.files import find_device, find_folder
 from ..model import Llava
 from ..prompt import TEMPLATES
-from ..weights import find_device, find_folder
-from .records import fingerprint
 
 EMBEDDED = Path(__file__).parents[2] / "weights" / "shapes"
 
@@ -27,23 +27,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", help="vicuna_v1, llava-hf, shapes, or text with <image> and {question}")
 
 
-def revision_of(folder: Path) -> str | None:
-    """The commit that a folder of the hub's cache holds (`.../snapshots/COMMIT`); None for any other folder."""
-    return folder.name if folder.parent.name == "snapshots" else None
+def is_embedded(weights: str | Path) -> bool:
+    """Whether these are the repository's own."""
+    return os.path.realpath(weights) == os.path.realpath(EMBEDDED)
 
 
-def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
-    """The model, and the settings that a results file records of it."""
-    find_device(args.device)  # before gigabytes are downloaded
+def load_model(args: argparse.Namespace) -> tuple[Llava, Path]:
+    """The model that `add_model_arguments` (or arguments of the same names) ask for, and its folder."""
+    dtype = getattr(torch, args.dtype or ("float32" if is_embedded(args.weights) else "bfloat16"))
+    device = find_device(args.device, dtype)  # before gigabytes are downloaded
     folder = find_folder(args.weights, args.revision)
-    embedded = folder.resolve() == EMBEDDED.resolve()
-    dtype = args.dtype or ("float32" if embedded else "bfloat16")
-    model = Llava.from_pretrained(folder, getattr(torch, dtype), args.device)
+    model = Llava.from_pretrained(folder, dtype, device)
     if args.pad:
         model.image_processor = replace(model.image_processor, do_pad=True)
     if args.template is not None:
         model.template = TEMPLATES.get(args.template, args.template)
-    return model, {
-        "weights": fingerprint(folder), "revision": revision_of(folder), "dtype": dtype,
-        "device": torch.device(args.device).type, "template": model.template, "pad": args.pad,
-    }  # fmt: skip
+    return model, folder
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds (`.../snapshots/COMMIT`); None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None

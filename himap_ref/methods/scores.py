@@ -1,0 +1,54 @@
+"""Scores beside HiMAP's own two: who attends to a token decides what it is worth. All by name in `SCORES`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pruning import LayerView, Score, image_to_image, text_to_image
+
+
+def last_to_image(view: LayerView) -> Tensor:
+    """FastV (arXiv 2403.06764) as its code has it, and PyramidDrop: the attention of the last row alone."""
+    return view.attention(view.last, view.image).sum(dim=1)
+
+
+def all_to_image(view: LayerView) -> Tensor:
+    """FastV as its paper has it: attention averaged over all rows."""
+    return view.attention(view.all, view.image).mean(dim=1)
+
+
+def image_to_image_mean(view: LayerView) -> Tensor:
+    """HiMAP's stage 2, count-normalised: the mean over the image rows that can see v, not their sum.
+
+    That takes one half of the sum's bias out. The other stays: earlier rows have fewer keys to share their attention
+    among, so each key has more of it.
+    """
+    scores = image_to_image(view)
+    return scores / torch.arange(scores.shape[1], 0, -1, device=scores.device)  # v is seen by itself and all after it
+
+
+def image_to_image_relative(view: LayerView) -> Tensor:
+    """HiMAP's stage 2 with both halves out: that mean, of A[i, v] relative to 1 / keys that row i sees.
+
+    The same for every v where attention is flat.
+    """
+    attention, n = view.attention(view.image, view.image), torch.arange(view.image.start + 1, view.image.stop + 1)
+    scores = (attention * n.to(attention.device)[:, None]).sum(dim=1)
+    return scores / torch.arange(scores.shape[1], 0, -1, device=scores.device)
+
+
+def random(view: LayerView, seed: int = 0) -> Tensor:
+    """Chance, the baseline to beat. Every picture draws the same numbers, in a batch as alone; the stages differ."""
+    N = view.image.stop - view.image.start
+    scores = torch.rand(N, generator=torch.Generator().manual_seed((1000 * seed + N) % 2**63))
+    return scores.to(view.k.device).expand(len(view.k), -1)
+
+
+SCORES: dict[str, Score] = {
+    score.__name__: score
+    for score in (
+        text_to_image, image_to_image, image_to_image_mean, image_to_image_relative, last_to_image, all_to_image,
+        random,
+    )
+}  # fmt: skip
