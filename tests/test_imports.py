@@ -1,0 +1,43 @@
+"""Imports run one way: reading path <- door <- methods and commands <- studies and run.py."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY = {  # room: the rooms that it may import from, beside itself
+    "": set(), "checkpoint": {""}, "methods": {""}, "commands": {"", "checkpoint", "methods"},
+    "studies": {"", "checkpoint", "methods", "commands"},
+}  # fmt: skip
+FILES = sorted(path.relative_to(ROOT / "himap_ref") for path in (ROOT / "himap_ref").rglob("*.py"))
+
+
+def imported(path: Path, package: tuple[str, ...]) -> set[str]:
+    """Rooms that a file imports from ("" is the reading path), wherever in it the import stands."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            names = [(*base, *(node.module or "").split("."), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        for name in ([part for part in name if part] for name in names):
+            if name[0] == "himap_ref" and len(name) > 1:
+                rooms.add(name[1] if name[1] in MAY else "")
+    return rooms
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_one_way(file):
+    """The model that imports what reads files, or a command that needs the studies: nothing that can be read alone."""
+    room = str(file.parent) if file.parent.name else ""
+    rooms = imported(ROOT / "himap_ref" / file, ("himap_ref", *file.parent.parts))
+    may = MAY[room] | {room} | ({"checkpoint"} if str(file) == "__init__.py" else set())
+    assert rooms <= may
+
+
+def test_run_needs_no_study():
+    assert imported(ROOT / "run.py", ()) == {"", "commands", "methods"}
