@@ -1,3 +1,2 @@
-"""What run.py and the studies have in common: how commands end, their options, the files they write, what they print.
-
-Nothing here computes an answer; the model and its methods know nothing of it."""
+"""What run.py and the studies share: how commands end, their options, the files they write, what they print and draw.
+Nothing here computes an answer, and the model and its methods know nothing of it."""

@@ -8,14 +8,13 @@ draw), and these are neither.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
-from ..checkpoint.files import find_device, tensor_files
+from ..checkpoint.files import find_device
 from ..checkpoint.write import folder_files
 from ..config import LlavaConfig
 from ..errors import HimapError
@@ -57,7 +56,7 @@ def fill(weight: Tensor, name: str, seed: int = 0) -> None:
 
 
 def write(config: LlavaConfig, dtype: torch.dtype, folder: Path, shard: int = SHARD) -> int:
-    """The folder as llava-hf publishes one, with a tokenizer of bytes; returns the size of the weights' files.
+    """The folder as llava-hf publishes one, with a tokenizer of bytes; returns the bytes of its weights.
 
     Written shard by shard, `shard` bytes of weights each (one larger tensor is a shard of its own).
     Raises HimapError if the folder cannot be written, or holds weights already.
@@ -66,11 +65,12 @@ def write(config: LlavaConfig, dtype: torch.dtype, folder: Path, shard: int = SH
     model.config = config  # but with all of the encoder's layers: those that no LLaVA reads are published, too
     model.tokenizer = byte_tokenizer(config.image_token_index)
     model.image_processor = ImageProcessor(shortest_edge=size, crop_size=(size, size))
-    seeds = count(1)
+    sizes: list[int] = []
 
     def data(name: str, like: Tensor) -> Tensor:
         weight = torch.empty_like(like, device="cpu")
-        fill(weight, name, next(seeds))
+        sizes.append(weight.nbytes)
+        fill(weight, name, seed=len(sizes))
         return weight
 
     try:
@@ -79,7 +79,7 @@ def write(config: LlavaConfig, dtype: torch.dtype, folder: Path, shard: int = SH
             raise HimapError(f"{folder}: holds weights already: choose another folder")
         for name, content in folder_files(model, {"bos_token_id": BOS, "eos_token_id": EOS}, {}, data, shard):
             (folder / name).write_bytes(content)
-        return sum(path.stat().st_size for path in tensor_files(folder))
+        return sum(sizes)
     except ImportError:
         raise HimapError("writing safetensors files needs NumPy: pip install 'himap-ref[train]'") from None
     except OSError as error:
