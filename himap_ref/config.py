@@ -94,13 +94,8 @@ class LlavaConfig:
         return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
 
 
-VIT_L_14_336 = VisionConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-    patch_size=14,
-)  # fmt: skip
-LLAVA_1_5_7B = LlavaConfig(VIT_L_14_336, TextConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5))
-LLAVA_1_5_13B = LlavaConfig(
-    VIT_L_14_336,
-    replace(LLAVA_1_5_7B.text_config, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-            num_attention_heads=40, num_key_value_heads=40),
-)  # fmt: skip
+VIT_L_14_336 = VisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
+VICUNA_7B = TextConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
+VICUNA_13B = replace(VICUNA_7B, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                     num_attention_heads=40, num_key_value_heads=40)  # fmt: skip
+LLAVA_1_5_7B, LLAVA_1_5_13B = (LlavaConfig(VIT_L_14_336, text) for text in (VICUNA_7B, VICUNA_13B))

@@ -3,8 +3,6 @@
 LLaVA-1.5 uses two linear layers with a GELU between them, LLaVA v1 a single linear layer.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from .config import LlavaConfig

@@ -6,8 +6,6 @@ and LLaVA takes the features of an inner layer (-2), so later layers and `post_l
 Shapes: B pictures, S pixels a side, P patches, T = P + 1 tokens (class token first), d hidden size, h heads of size c.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -22,8 +20,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-Activation = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[str, Activation] = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # by the name in a config.json
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # config.json's names
 
 
 class Embeddings(nn.Module):

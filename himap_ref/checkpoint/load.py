@@ -1,5 +1,5 @@
-"""A folder or hub id becomes a `Llava`: three layouts of tensor names, and weights, of which none may be missing,
-unknown or misshapen. Only safetensors are read, never pickles."""
+"""Three layouts of tensor names become one, and a model is filled, of whose weights none may be missing, unknown or
+misshapen. Only safetensors are read, never pickles."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import LlavaConfig
 from ..errors import HimapError
-from ..model import Llava
-from .config import read_config, read_eos, read_image_processor, read_settings
-from .files import find_device, find_folder, read_json, read_tokenizer, tensor_files
+from ..model import LlavaModel
+from .files import tensor_files
 
 # (checkpoint, ours): the first prefix that fits is replaced.
 PREFIXES = (
@@ -30,24 +29,6 @@ PREFIXES = (
     ("model.", "language_model."),  # the original LLaVA
 )
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # stored by old versions, computed here
-
-
-def from_pretrained(
-    cls: type[Llava], source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-    revision: str | None = None,
-) -> Llava:  # fmt: skip
-    """From a folder, hub id or short name. On the CPU, in the file's own dtype, tensors stay mapped from the file."""
-    device, folder = find_device(device, dtype), find_folder(source, revision)
-    config = read_config(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        model = cls(config)
-    model.tokenizer = read_tokenizer(folder)
-    model.image_processor = read_image_processor(folder, config.vision_config.image_size)
-    model.eos_token_ids = read_eos(folder)
-    model.settings = read_settings(folder)
-    model.template = model.settings.get("template", model.template)
-    load_weights(model, config, folder, dtype, device)  # last, because it takes longest
-    return model.eval()
 
 
 def rename(name: str) -> str:
@@ -70,9 +51,9 @@ def is_unused(name: str, config: LlavaConfig) -> bool:
     return layer is not None and config.vision_layers_used <= int(layer[1]) < config.vision_config.num_hidden_layers
 
 
-def load_weights(model: Llava, config: LlavaConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def load_weights(model: LlavaModel, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Fills `model`, built on the meta device. Tensors that need neither cast nor move stay mapped from the file."""
-    expected, found = model.state_dict(), {}
+    config, expected, found = model.config, model.state_dict(), {}
     for path in tensor_files(folder):
         try:
             file = safe_open(path, framework="pt")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -10,7 +11,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import LlavaConfig
-from ..model import Llava
 from .config import PAIR
 
 
@@ -38,11 +38,11 @@ def config_json(config: LlavaConfig, tokens: dict[str, int]) -> dict:
 
 
 def folder_files(
-    model: Llava, tokens: dict[str, int], more: dict[str, dict], data: Callable[[str, Tensor], Tensor], shard: int
+    model: Any, tokens: dict[str, int], more: dict[str, dict], data: Callable[[str, Tensor], Tensor], shard: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a folder that `from_pretrained` reads. more: other JSON files, names without the ending.
+    """Names and contents of a folder that `from_pretrained` reads. model: an `assistant.Llava`, perhaps without data.
 
-    data: hub's name and tensor to its values, asked late: the model may be on the meta device. shard: bytes of a file.
+    more: other JSON files, names without the ending. data: hub's name and tensor to its values. shard: bytes of a file.
     """
     pixels, norm = model.image_processor, model.vision_tower.pre_layrnorm
     tensors = {hub_name(name): tensor for name, tensor in model.state_dict().items()}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..assistant import Llava
 from ..checkpoint.files import find_device, find_folder
-from ..model import Llava
 from ..prompt import TEMPLATES
 
 EMBEDDED = Path(__file__).parents[2] / "weights" / "shapes"

@@ -7,9 +7,9 @@ from reprlib import repr as short
 
 from PIL import Image, ImageDraw
 
+from ..assistant import Llava
 from ..errors import HimapError
-from ..model import Llava
-from ..pruning import Trace
+from ..flops import Trace
 
 PANEL = 336  # pixels a side of each panel of `draw_kept`
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
+from ..assistant import Answer
+from ..assistant.answer import kv_cache_bytes
 from ..config import LlavaConfig
-from ..flops import kv_cache_bytes, layer_flops
-from ..model import Answer
+from ..flops import layer_flops
 
 
 def as_json(config: LlavaConfig, answer: Answer, seconds: dict[str, float], vanilla: Answer | None = None) -> dict:
     """Everything known of an answer, as `run.py --json` prints it. FLOPs: a multiply-add is 2."""
     f, text = answer.flops, config.text_config
     layers = [
-        {"layer": i, "tokens_in": layer.kv, **asdict(layer), "flops": sum(parts.values()), "parts": parts}
-        for i, layer in enumerate(answer.trace.layers)
-        for parts in [layer_flops(text, layer)]
-    ]
+        {"layer": i, "tokens_in": x.entered, "kv": x.entered, "q": x.entered, "score_rows": x.ranking, "rows": x.rows,
+         "keys": x.keys, "flops": sum(parts.values()), "parts": parts}
+        for i, x in enumerate(answer.trace.layers)
+        for parts in [layer_flops(text, x)]
+    ]  # fmt: skip
     result = {
         "answer": answer.text,
         "token_ids": answer.token_ids,

@@ -1,4 +1,4 @@
-"""Methods that prune before the decoder: fewer image tokens enter it (`model.ImageReducer`).
+"""Methods that prune before the decoder: fewer image tokens enter it.
 
 The tokens that remain stand next to each other in the prompt, positions included, as these methods' own code has it.
 """
@@ -6,7 +6,7 @@ The tokens that remain stand next to each other in the prompt, positions include
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,9 +14,22 @@ from torch.nn import functional as F
 from ..config import LlavaConfig
 from ..errors import HimapError
 from ..flops import projector_flops, vision_flops
-from ..model import Llava
+from ..model import LlavaModel
 from ..pruning import keep_highest
 from ..vision import EncoderLayer
+
+
+class ImageReducer(Protocol):
+    """The seam for these methods: image tokens are made in the model's place, all else stays."""
+
+    def __call__(self, model: LlavaModel, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, N', d)."""
+
+    def num_image_tokens(self, config: LlavaConfig) -> int:
+        """N', for plans. Raises HimapError if the model does not suit."""
+
+    def flops(self, config: LlavaConfig) -> tuple[int, int]:
+        """Encoder and projector, per picture, as the call runs them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,8 @@ class ClsAttention:
             raise HimapError(f"cls:{self.keep}: the picture has {patches} image tokens: keep 1 to {patches}")
         return self.keep
 
-    def embed_image(self, model: Llava, pixel_values: Tensor) -> Tensor:
+    def __call__(self, model: LlavaModel, pixel_values: Tensor) -> Tensor:
+        self.num_image_tokens(model.config)  # raises what does not suit
         tower, projector = model.vision_tower, model.multi_modal_projector
         weight = projector.linear_1.weight
         x = tower.pre_layrnorm(tower.embeddings(pixel_values.to(weight.device, weight.dtype)))
@@ -72,7 +86,8 @@ class AveragePool:
             raise HimapError(f"pool:{self.side}: the picture has {grid} x {grid} image tokens: a side of 1 to {grid}")
         return self.side**2
 
-    def embed_image(self, model: Llava, pixel_values: Tensor) -> Tensor:
+    def __call__(self, model: LlavaModel, pixel_values: Tensor) -> Tensor:
+        self.num_image_tokens(model.config)  # raises what does not suit
         x = model.embed_image(pixel_values)  # (B, N, d)
         grid = x.mT.unflatten(2, (round(x.shape[1] ** 0.5), -1))  # (B, d, rows, columns)
         return F.adaptive_avg_pool2d(grid, self.side).flatten(2).mT

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..config import LlavaConfig
 from ..errors import HimapError
-from ..model import ImageReducer, Llava
-from ..pruning import HIMAP, HIMAP_CAPTION, LayerView, Score, Stage
+from ..model import LlavaModel
+from ..pruning import HIMAP, HIMAP_CAPTION, METHODS, LayerView, Score, Stage
 from .plan import tokens_per_layer
-from .reducers import AveragePool, ClsAttention
+from .reducers import AveragePool, ClsAttention, ImageReducer
 from .scores import SCORES, last_to_image, random
 
 
@@ -64,9 +64,9 @@ class Method:
 
 FASTV = (Stage(2, 0.5, last_to_image),)
 
-# name -> stages for a decoder of so many layers
-METHODS: dict[str, Callable[[int], tuple[Stage, ...]]] = {
-    "himap": lambda layers: HIMAP,  # or what the weights recommend for themselves: see parse_method
+# name -> stages for a decoder of so many layers; the decoder, too, takes these names for stages
+METHODS.update({
+    "himap": lambda layers: HIMAP,  # or what the weights recommend for themselves: `LlavaModel.himap`
     "himap-paper": lambda layers: HIMAP,
     "himap-caption": lambda layers: HIMAP_CAPTION,
     "fastv": lambda layers: FASTV,
@@ -78,11 +78,11 @@ METHODS: dict[str, Callable[[int], tuple[Stage, ...]]] = {
     ),
     "random": lambda layers: (Stage(2, 0.5, random),),
     "none": lambda layers: (),
-}
+})  # fmt: skip
 REDUCERS: dict[str, Callable[[int], ImageReducer]] = {"cls": ClsAttention, "pool": AveragePool}
 
 
-def parse_method(text: str, model: Llava) -> Method:
+def parse_method(text: str, model: LlavaModel) -> Method:
     """A name of `METHODS`, cls:TOKENS, pool:SIDE, or stages as text.
 
     "himap" is the schedule that the weights recommend for themselves (himap.json), if they do; "random7" is chance with
@@ -93,18 +93,18 @@ def parse_method(text: str, model: Llava) -> Method:
     return method
 
 
-def _parse_method(text: str, model: Llava) -> Method:
+def _parse_method(text: str, model: LlavaModel) -> Method:
     kind, _, number = text.partition(":")
     if kind in REDUCERS:
         if not re.fullmatch(r"\d{1,9}", number):
             raise HimapError(f"method {text!r}: expected {kind}:NUMBER, such as {kind}:9")
         return Method(text, reducer=REDUCERS[kind](int(number)))
-    if text == "himap" and "stages" in model.settings:
-        return Method(text, parse_stages(model.settings["stages"], trusted=False))
+    if text == "himap":
+        return Method(text, tuple(model.himap))
     if re.fullmatch(r"random\d{1,99}", text):
         return Method(text, (Stage(2, 0.5, _find_score(text, trusted=False)),))
     if text in METHODS:
-        return Method(text, METHODS[text](model.config.text_config.num_hidden_layers))
+        return Method(text, tuple(METHODS[text](model.config.text_config.num_hidden_layers)))
     if ":" not in text:
         raise HimapError(f"method {text!r} is unknown: expected {', '.join(METHODS)}, cls:TOKENS, pool:SIDE or stages")
     return Method(text, parse_stages(text))

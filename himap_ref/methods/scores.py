@@ -10,12 +10,12 @@ from ..pruning import LayerView, Score, image_to_image, text_to_image
 
 def last_to_image(view: LayerView) -> Tensor:
     """FastV (arXiv 2403.06764) as its code has it, and PyramidDrop: the attention of the last row alone."""
-    return view.attention(view.last, view.image).sum(dim=1)
+    return view.attention(view.last).sum(dim=1)
 
 
 def all_to_image(view: LayerView) -> Tensor:
     """FastV as its paper has it: attention averaged over all rows."""
-    return view.attention(view.all, view.image).mean(dim=1)
+    return view.attention(view.all).sum(dim=1) / view.real.sum(dim=1, keepdim=True)
 
 
 def image_to_image_mean(view: LayerView) -> Tensor:
@@ -33,8 +33,9 @@ def image_to_image_relative(view: LayerView) -> Tensor:
 
     The same for every v where attention is flat.
     """
-    attention, n = view.attention(view.image, view.image), torch.arange(view.image.start + 1, view.image.stop + 1)
-    scores = (attention * n.to(attention.device)[:, None]).sum(dim=1)
+    attention, cached = view.attention(view.image), view.k.shape[1] - view.q.shape[1]
+    keys = cached + torch.arange(view.image.start + 1, view.image.stop + 1, device=attention.device)
+    scores = (attention * keys[:, None]).sum(dim=1)
     return scores / torch.arange(scores.shape[1], 0, -1, device=scores.device)
 
 

@@ -1,9 +1,8 @@
-"""Asking a model many questions: in batches, under a progress bar, each result recorded at once."""
+"""Asking many questions: in batches of whatever lengths, under a progress bar, each result recorded at once."""
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,37 +10,26 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import HimapError
-from ..model import Llava
 from .questions import Example
 from .records import Records
 
-Ask = Callable[[list[Example], list[Image.Image]], list]  # equally long questions, their pictures -> a result each
+Ask = Callable[[list[Example], list[Image.Image]], list]  # questions, their pictures -> a result each
 
 
-def ask_each(
-    model: Llava, examples: Sequence[Example], size: int, ask: Ask, num_image_tokens: int | None = None
-) -> Iterator[tuple[Example, Any]]:
-    """(example, what `ask` makes of it): in batches of at most `size` prompts of equal length, the shortest first.
+def ask_each(examples: Sequence[Example], size: int, ask: Ask) -> Iterator[tuple[Example, Any]]:
+    """(example, what `ask` makes of it), in batches of at most `size`.
 
     A question whose picture cannot be read comes with its HimapError. A batch for which `ask` raises one is asked again
-    one by one, so that the error stands beside the question it belongs to. num_image_tokens: see `Llava.encode`.
+    one by one, so that the error stands beside the question it belongs to.
     """
-    by_length = defaultdict(list)
-    for example in examples:
-        try:
-            length = len(model.encode(example.question, num_image_tokens).ids)
-        except HimapError:
-            length = 0  # fails again when it is asked
-        by_length[length].append(example)
-    for _, group in sorted(by_length.items()):
-        for start in range(0, len(group), size):
-            readable = []
-            for example in group[start : start + size]:
-                try:
-                    readable.append((example, example.picture()))
-                except HimapError as error:
-                    yield example, error
-            yield from _ask(readable, ask)
+    for start in range(0, len(examples), size):
+        readable = []
+        for example in examples[start : start + size]:
+            try:
+                readable.append((example, example.picture()))
+            except HimapError as error:
+                yield example, error
+        yield from _ask(readable, ask)
 
 
 def _ask(pairs: list[tuple[Example, Image.Image]], ask: Ask) -> Iterator[tuple[Example, Any]]:
@@ -56,14 +44,11 @@ def _ask(pairs: list[tuple[Example, Image.Image]], ask: Ask) -> Iterator[tuple[E
                 yield from _ask([pair], ask)
 
 
-def record_each(
-    model: Llava, examples: Sequence[Example], records: Records, size: int, ask: Ask, title: str,
-    num_image_tokens: int | None = None,
-) -> None:  # fmt: skip
+def record_each(examples: Sequence[Example], records: Records, size: int, ask: Ask, title: str) -> None:
     """Asks what `records` does not hold yet, or holds an error for. `ask` returns rows; errors become rows too."""
     todo = [example for example in examples if "error" in records.rows.get(example.id, {"error": "not asked yet"})]
     with tqdm(total=len(examples), initial=len(examples) - len(todo), desc=title, unit="question") as progress:
-        for example, row in ask_each(model, todo, size, ask, num_image_tokens):
+        for example, row in ask_each(todo, size, ask):
             if isinstance(row, HimapError):
                 progress.write(str(HimapError(f"{example.id}: {row}")), file=sys.stderr)  # the id is the file's
                 row = {"error": str(row)}

@@ -22,11 +22,13 @@ from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..assistant import Llava
+from ..assistant.answer import kv_cache_bytes, vanilla_passes
 from ..checkpoint.files import find_device, find_folder, tensor_files
 from ..checkpoint.load import rename
 from ..checkpoint.write import config_json
@@ -36,11 +38,10 @@ from ..commands.options import EMBEDDED
 from ..commands.report import amount, markdown
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, LlavaConfig
 from ..errors import HimapError
-from ..flops import decode_steps, kv_cache_bytes, pass_flops, projector_flops, vanilla_prefill, vision_flops
+from ..flops import LayerTrace, pass_flops, projector_flops, vision_flops
 from ..generation import generate
+from ..methods.reducers import ImageReducer
 from ..methods.schedules import parse_method
-from ..model import ImageReducer, Llava
-from ..pruning import LayerTrace
 from .random_weights import random_model, write
 from .timing import Contestant, Mark, note_products, take_turns
 
@@ -68,13 +69,13 @@ class Setting:
     def prompt(self, reducer: ImageReducer | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Random words around the picture: (B, n, d), and the span of the image tokens."""
         model, image = self.model, self.model.config.image_token_index
-        embeds = reducer.embed_image(model, self.pixels) if reducer else model.embed_image(self.pixels)
+        embeds = reducer(model, self.pixels) if reducer else model.embed_image(self.pixels)
         draw = Random(0)  # every contestant gets the same words
         words = [draw.randrange(model.config.text_config.vocab_size - 1) for _ in range(SYSTEM_TOKENS + self.text)]
         words = [word + (word >= image) for word in words]  # any but the image token
         ids = [*words[:SYSTEM_TOKENS], *[image] * embeds.shape[1], *words[SYSTEM_TOKENS:]]
-        x, span = model.embed(torch.tensor([ids] * len(embeds)), embeds)
-        return x, cast(tuple[int, int], span)  # never None with a picture
+        x = torch.stack([model.embed(ids, each) for each in embeds])
+        return x, (SYSTEM_TOKENS, SYSTEM_TOKENS + embeds.shape[1])
 
     def answering(self, name: str, ask: Callable) -> Contestant:
         """ask: `generate`, all but its on_token; that tells where the prefill ends."""
@@ -102,7 +103,7 @@ class Setting:
 
 def paper_order(layers: Sequence[LayerTrace]) -> list[LayerTrace]:
     """The same tokens in each layer, but all of it computed for every one of them, and nothing ranked or cached."""
-    return [LayerTrace(kv=x.keys, q=x.keys, score_rows=0, rows=x.keys, keys=x.keys) for x in layers]
+    return [LayerTrace(x.keys, 0, x.keys, x.keys) for x in layers]
 
 
 def our_answer(setting: Setting, name: str) -> Contestant:
@@ -112,11 +113,15 @@ def our_answer(setting: Setting, name: str) -> Contestant:
         raise HimapError(f"method {name!r}: only +prefix and +reprune can be added to a method")
     method, decoder = parse_method(base, setting.model), setting.model.language_model
     x, span = setting.prompt(method.reducer)
-    prefix = decoder.compute_prefix(x[:1, :SYSTEM_TOKENS]) if "prefix" in ways else None
-    ask = partial(generate, decoder, x, span, method.stages, setting.new, reprune="reprune" in ways, prefix=prefix)
+    start = SYSTEM_TOKENS if "prefix" in ways else 0
+    cache = decoder(x[:1, :start]).cache if start else None
+    ask = partial(
+        generate, decoder, x[:, start:], span, method.stages, setting.new, reprune="reprune" in ways, cache=cache,
+        start=start,
+    )  # fmt: skip
     contestant = setting.answering(name, ask)
     out = note_products(contestant, x.device)
-    steps = [trace.layers for trace in out.traces[1:]] if "reprune" in ways else out.decode_layers
+    steps = [trace.layers for trace in out.traces[1:]]
     kept = [stage.kept.shape[1] for stage in out.traces[0].stages]
     setting.describe(contestant, out.traces[0].layers, steps, [span[1] - span[0], *kept])
     if "reprune" in ways:  # each token has products of its own shapes: too many to hold
@@ -127,7 +132,7 @@ def our_answer(setting: Setting, name: str) -> Contestant:
 def our_vision(setting: Setting, name: str) -> Contestant:
     """Picture to image tokens, by the model or by the method's reducer."""
     model, reducer = setting.model, parse_method(name, setting.model).reducer
-    embed = partial(reducer.embed_image, model) if reducer else model.embed_image
+    embed = partial(reducer, model) if reducer else model.embed_image
     each = reducer.flops(model.config) if reducer else (vision_flops(model.config), projector_flops(model.config))
 
     def play(mark: Mark) -> None:
@@ -187,8 +192,9 @@ def transformers_contestants(setting: Setting) -> list[Contestant]:
     everything = replace(config, vision_feature_layer=-1)
     flops = {"vision": B * (vision_flops(everything) + projector_flops(config))}
     vision = Contestant("transformers", see, setting.threads, flops)
-    answer, prefill = setting.answering("transformers", ask), paper_order(vanilla_prefill(config.text_config, n))
-    setting.describe(answer, prefill, decode_steps(prefill, setting.new - 1), [config.num_image_tokens])
+    prefill, *steps = vanilla_passes(config.text_config, n, 0, setting.new)
+    answer = setting.answering("transformers", ask)
+    setting.describe(answer, paper_order(prefill), steps, [config.num_image_tokens])
     return [vision, answer]
 
 

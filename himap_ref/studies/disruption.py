@@ -26,20 +26,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..assistant import Llava
+from ..cache import LayerCache, causal_mask
 from ..commands.manners import run_command
 from ..commands.options import add_model_arguments
-from ..decoder import DecoderOutput, LayerCache, LlamaDecoder, rope
+from ..decoder import DecoderOutput, LlamaDecoder, rope
 from ..errors import HimapError
+from ..flops import Trace
 from ..generation import Generated, generate
-from ..model import Llava
-from ..pruning import Trace, causal_mask
+from ..model import find_image_span
 from .asking import record_each
 from .metrics import wilson
 from .plots import check_picture, figure
@@ -115,7 +117,7 @@ class State(NamedTuple):
     """On entry to layer len(kv): what the layers below have made."""
 
     x: Tensor  # (B, n, d); after the last layer (B, 1, d)
-    kv: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer below, (B, g, n, c) each
+    kv: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer below, (B, n, g, c) each
 
 
 class Prompts:
@@ -126,8 +128,9 @@ class Prompts:
 
     def __init__(self, decoder: LlamaDecoder, inputs_embeds: Tensor, image_span: tuple[int, int], seeds: Sequence[str]):
         self.decoder, self.x, self.image, self.seeds = decoder, inputs_embeds, slice(*image_span), seeds
-        n, device = inputs_embeds.shape[1], inputs_embeds.device
-        self.cos_sin = rope(torch.arange(n, device=device)[None], decoder.config, inputs_embeds.dtype)
+        B, n, _ = inputs_embeds.shape
+        self.positions = torch.arange(n, device=inputs_embeds.device).expand(B, n)
+        self.cos_sin = rope(self.positions[:1], decoder.config, inputs_embeds.dtype)
         self.masks: dict[tuple, Tensor] = {}
         self.trunks: dict[tuple | None, list[State]] = {}
 
@@ -139,12 +142,14 @@ class Prompts:
         state = self._trunk(block, layers.stop) if layers.start == 0 else self._trunk(None, layers.start)
         while len(state.kv) < T:
             state = self._run_layer(state, block if len(state.kv) in layers else None)
-        cache = [LayerCache() for _ in state.kv]
+        cache = []
         for i, kv in enumerate(state.kv):
             hides = i in layers and block and block.kind == "img2txt"
-            cache[i].append(*(self._without_image(t) for t in kv) if hides else kv)
+            tokens = (*kv, self.positions)
+            cache.append(LayerCache(*(self._without_image(t) for t in tokens) if hides else tokens))
         hidden = self.decoder.norm(state.x)
-        return DecoderOutput(self.decoder.logits(hidden[:, -1]), hidden, Trace(), cache)
+        trace = Trace([], [], torch.zeros(len(self.x), dtype=torch.long))
+        return DecoderOutput(self.decoder.logits(hidden[:, -1]), hidden, trace, cache)
 
     def generate(self, block: Block | None, max_new_tokens: int, eos_token_ids: Sequence[int]) -> Generated:
         """Greedy answers, the block in place for the new tokens too."""
@@ -161,14 +166,13 @@ class Prompts:
     def _run_layer(self, state: State, block: Block | None) -> State:
         """One layer further, as in `LlamaDecoder.forward`: the last one only for the last row."""
         layer, mask, (cos, sin) = self.decoder.layers[len(state.kv)], self._mask(block), self.cos_sin
-        x, h = state.x, layer.input_layernorm(state.x)
-        kv = layer.self_attn.keys_values(h, cos, sin)
+        x, (q, k, v) = state.x, layer.self_attn.qkv(layer.input_layernorm(state.x), cos, sin)
         if len(state.kv) == len(self.decoder.layers) - 1:
-            x, h, cos, sin = x[:, -1:], h[:, -1:], cos[:, :, -1:], sin[:, :, -1:]
-            mask = None if mask is None else mask[:, :, -1:]
-        x = x + layer.self_attn.attend(layer.self_attn.queries(h, cos, sin), *kv, mask)
+            mask = causal_mask(self.positions, self.positions) if mask is None else mask
+            x, q, mask = x[:, -1:], q[:, -1:], mask[:, :, -1:]
+        x = x + layer.self_attn.attend(q, k, v, mask)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return State(x, (*state.kv, kv))
+        return State(x, (*state.kv, (k, v)))
 
     def _mask(self, block: Block | None) -> Tensor | None:
         if block is None:
@@ -179,44 +183,47 @@ class Prompts:
         return self.masks[key]
 
     def _without_image(self, t: Tensor) -> Tensor:
-        return torch.cat((t[:, :, : self.image.start], t[:, :, self.image.stop :]), dim=2)  # (B, g, n - N, c)
+        return torch.cat((t[:, : self.image.start], t[:, self.image.stop :]), dim=1)  # (B, n - N, ...)
 
 
 class _Prefilled:
     """Stands in for a decoder whose prefill is done: all that `generate` asks of one."""
 
     def __init__(self, decoder: LlamaDecoder, output: DecoderOutput):
-        self.config, self.embed_tokens, self.decode = decoder.config, decoder.embed_tokens, decoder.decode
-        self.output = output
+        self.config, self.embed_tokens, self.decoder = decoder.config, decoder.embed_tokens, decoder
+        self.output: DecoderOutput | None = output
 
-    def __call__(self, *_: object, **__: object) -> DecoderOutput:
-        return self.output
+    def __call__(self, *args: Any, **kwargs: Any) -> DecoderOutput:
+        output, self.output = self.output, None
+        return output or self.decoder(*args, **kwargs)
 
 
 # ---------------------------------------------------------------- many questions under many blocks
 
 
+@torch.no_grad()
 def answer(
     model: Llava, examples: Sequence[Example], pictures: Sequence[Image.Image], blocks: Sequence[Block],
     seed: int, max_new_tokens: int,
 ) -> list[dict]:  # fmt: skip
     """[{"label", "results": {block's name: {"answer", "top5" ids of the first new token}}}], one per example.
 
-    The prompts must have equal lengths. Raises HimapError if one of them cannot be asked.
+    Raises HimapError if one of them cannot be asked.
     """
-    input_ids = torch.tensor([model.encode(example.question).ids for example in examples])
-    pixel_values = torch.cat([model.preprocess(picture) for picture in pictures])
-    with torch.no_grad():
-        x, span = model.embed(input_ids, model.embed_image(pixel_values))
-    span = cast(tuple[int, int], span)  # never None with a picture
-    prompts = Prompts(model.language_model, x, span, [f"{seed} {example.id}" for example in examples])
     rows: list[dict] = [{"label": list(example.answers), "results": {}} for example in examples]
-    for block in tqdm((None, *blocks), "blocks", leave=False):
-        out = prompts.generate(block, max_new_tokens, model.eos_token_ids)
-        top5 = out.first_logits.float().topk(5).indices.tolist()
-        for row, ids, top in zip(rows, out.token_ids, top5, strict=True):
-            text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            row["results"][name_of(block)] = {"answer": text, "top5": top}
+    prompts = [model.encode(example.question) for example in examples]
+    images = [model.embed_image(model.preprocess(picture))[0] for picture in pictures]
+    for n in sorted({len(ids) for ids in prompts}):  # its masks are of one length
+        places = [i for i, ids in enumerate(prompts) if len(ids) == n]
+        x = torch.stack([model.embed(prompts[i], images[i]) for i in places])
+        span: Any = find_image_span(prompts[places[0]], model.config.image_token_index)  # never None with a picture
+        equal = Prompts(model.language_model, x, span, [f"{seed} {examples[i].id}" for i in places])
+        for block in tqdm((None, *blocks), "blocks", leave=False):
+            out = equal.generate(block, max_new_tokens, model.eos_token_ids)
+            top5 = out.first_logits.float().topk(5).indices.tolist()
+            for i, ids, top in zip(places, out.token_ids, top5, strict=True):
+                text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                rows[i]["results"][name_of(block)] = {"answer": text, "top5": top}
     return rows
 
 
@@ -351,7 +358,7 @@ def main() -> None:
         def ask(group: list[Example], pictures: list) -> list[dict]:
             return answer(model, group, pictures, blocks, args.seed, args.max_new_tokens)
 
-        record_each(model, examples, records, args.batch, ask, "questions")
+        record_each(examples, records, args.batch, ask, "questions")
         report([records.rows[example.id] for example in examples], examples, blocks, args.plot)
 
 

@@ -20,13 +20,14 @@ from typing import Any, cast
 
 import torch
 
+from ..assistant import Answer, Llava, Past
+from ..assistant.answer import kv_cache_bytes, vanilla_passes
 from ..commands.manners import run_command
 from ..commands.options import add_model_arguments
 from ..commands.report import amount
 from ..errors import HimapError
-from ..flops import kv_cache_bytes
+from ..flops import pass_flops
 from ..methods.schedules import Method, parse_method
-from ..model import Answer, Llava
 from .asking import record_each
 from .literature import paper_flops
 from .metrics import METRICS, Metric, interval
@@ -35,11 +36,12 @@ from .records import Records, load_recorded, results_path
 
 
 def answer(
-    model: Llava, examples: Sequence[Example], pictures: Sequence, method: Method, max_new_tokens: int
-) -> list[Answer]:
-    """Greedy answers to questions of equal length."""
+    model: Llava, examples: Sequence[Example], pictures: Sequence, method: Method, max_new_tokens: int,
+    past: Past | None = None,
+) -> list[Answer]:  # fmt: skip
+    """Greedy answers."""
     questions = [example.question for example in examples]
-    answers: Any = model.generate(pictures, questions, method.stages, max_new_tokens, reducer=method.reducer)
+    answers: Any = model.generate(pictures, questions, method.stages, max_new_tokens, reducer=method.reducer, past=past)
     return answers  # a list, as the questions are one
 
 
@@ -53,6 +55,7 @@ class Evaluation:
     max_new_tokens: int
     batch: int
     settings: dict  # by which a results file recognises all this
+    prefix: Past | None = None  # see `Llava.prefix`
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Evaluation:
@@ -71,7 +74,7 @@ class Evaluation:
         """
 
         def ask(examples: list[Example], pictures: list) -> list[dict]:
-            answers = answer(self.model, examples, pictures, method, self.max_new_tokens)
+            answers = answer(self.model, examples, pictures, method, self.max_new_tokens, self.prefix)
             steps = max(len(each.token_ids) for each in answers) - 1  # all wait for the longest answer
             rows = [self._row(e, each, len(answers), steps) for e, each in zip(examples, answers, strict=True)]
             for row, each in zip(rows, answers if with_kept else (), strict=False):
@@ -81,8 +84,7 @@ class Evaluation:
         settings = {**self.settings, **method.settings(), "kept_tokens": with_kept}
         path = results_path(out, method.name, settings)
         with Records(path, settings) as records:
-            N = method.num_image_tokens(self.model.config)
-            record_each(self.model, self.examples, records, self.batch, ask, method.name, N)
+            record_each(self.examples, records, self.batch, ask, method.name)
             rows = {example.id: records.rows[example.id] for example in self.examples}
         return {**self.summarize(method, rows), "file": str(path)}, rows
 
@@ -100,6 +102,7 @@ class Evaluation:
             "kept": [span[1] - span[0], *(len(stage.kept) for stage in answer.trace.stages)],
             "flops": {"total": flops.total, "decoder": flops.decoder},
             "vanilla_flops": {"total": vanilla.total, "decoder": vanilla.decoder},
+            "batch_flops": answer.batch_flops,
             "kv_cache_bytes": kv_cache_bytes(text, answer.trace.layers, answer.first_logits.element_size()),
             "batch": batch,
             "decode_steps": steps,
@@ -117,6 +120,8 @@ class Evaluation:
         image_only, vanilla = (paper_flops(config.text_config, per_layer) for per_layer in tokens)
         decode = [row["seconds"]["decode"] / row["decode_steps"] for row in done if row["decode_steps"]]
 
+        executed = sum(row["batch_flops"] / row["batch"] for row in done) / sum(row["flops"]["decoder"] for row in done)
+
         def share(part: str) -> float:
             return sum(row["flops"][part] for row in done) / sum(row["vanilla_flops"][part] for row in done)
 
@@ -129,6 +134,7 @@ class Evaluation:
             "kept": [mean(counts) for counts in zip(*(row["kept"] for row in done), strict=True)],
             "flops": mean(row["flops"]["total"] for row in done),
             "prefix_flops": self.settings.get("prefix_flops", 0),
+            "executed": executed,
             "ratio": share("total"),
             "decoder_ratio": share("decoder"),
             "image_only_ratio": image_only / vanilla,
@@ -168,7 +174,8 @@ def table(summary: dict) -> str:
         "image tokens": " -> ".join(f"{count:g}" for count in s["kept"]),
         "FLOPs": f"{amount(s['flops'])}FLOPs an answer, {s['ratio']:.1%} of vanilla",
         **({"  prefix": f"{amount(s['prefix_flops'])}FLOPs more, once for all answers"} if s["prefix_flops"] else {}),
-        "  decoder": f"{s['decoder_ratio']:.1%} of vanilla: whole prompt and answer, as executed",
+        "  decoder": f"{s['decoder_ratio']:.1%} of vanilla: whole prompt and answer, as executed for each alone",
+        **({"  batches": f"decoder {s['executed'] - 1:.1%} more: padding, waiting for the longest"} if batch else {}),
         "  image tokens only": f"{s['image_only_ratio']:.1%} of vanilla: the paper's eq. 10",
         f"seconds, median{batch}": f"vision {seconds['vision']:.4f}, prefill {seconds['prefill']:.4f}, "
         f"decode {seconds['decode_step']:.4f} a token",
@@ -198,7 +205,8 @@ def main() -> None:
     args = parser.parse_args()
     evaluation = Evaluation.from_args(args)
     if args.prefix:
-        evaluation.settings["prefix_flops"] = evaluation.model.cache_prefix()
+        text, evaluation.prefix = evaluation.model.config.text_config, evaluation.model.prefix()
+        evaluation.settings["prefix_flops"] = pass_flops(text, vanilla_passes(text, evaluation.prefix.length, 0, 1)[0])
     summary, _ = evaluation.run(parse_method(args.method, evaluation.model), args.out)
     print(table(summary))
 

@@ -39,14 +39,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..assistant import Llava
+from ..cache import causal_mask
 from ..commands.files import check_writable, write_whole
 from ..commands.manners import run_command
 from ..commands.options import add_model_arguments
 from ..decoder import DecoderLayer, LlamaDecoder, rope
 from ..errors import HimapError
-from ..model import Llava
+from ..model import find_image_span
 from ..prompt import encode_prompt
-from ..pruning import LayerView
+from ..pruning import attention_map
 from .asking import record_each
 from .evaluate import peak_memory
 from .plots import check_picture, figure
@@ -66,13 +68,10 @@ PANEL, PER_ROW = 168, 8  # of `draw_tokens`: pixels a side, panels beside each o
 def run_layer(layer: DecoderLayer, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """(1, n, d) -> the layer's output and its attention A (1, h, n, n) in fp32, which the output is computed from."""
     positions = torch.arange(x.shape[1], device=x.device)[None]
-    hidden = layer.input_layernorm(x)
-    q = layer.self_attn.queries(hidden, *cos_sin)
-    k, v = layer.self_attn.keys_values(hidden, *cos_sin)
-    view = LayerView(lambda rows: q, k, v, positions, x, slice(0, 0))
-    A = view.maps(view.all)
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # a key/value head serves neighbouring query heads
-    x = x + layer.self_attn.project(A.to(v.dtype) @ v)
+    q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), *cos_sin)
+    A = attention_map(q, k, causal_mask(positions, positions))
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)  # a key/value head serves neighbouring query heads
+    x = x + layer.self_attn.o_proj((A.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2).flatten(2))
     return x + layer.mlp(layer.post_attention_layernorm(x)), A
 
 
@@ -201,13 +200,13 @@ def prepare(model: Llava, example: Example, label: str) -> tuple[ForwardPass, di
 
     Raises HimapError if the picture, the question or the answer cannot be used.
     """
-    ids, context = model.encode(example.question).ids, model.config.text_config.max_position_embeddings
+    ids, context = model.encode(example.question), model.config.text_config.max_position_embeddings
     if len(ids) > context:
         raise HimapError(f"the prompt has {len(ids)} tokens, the model's context {context}: shorten the question")
     with torch.no_grad():
-        image_embeds = model.embed_image(model.preprocess(example.picture()))
-        x, span = model.embed(torch.tensor([ids]), image_embeds)
-    run = ForwardPass(model.language_model, x)
+        image_embeds = model.embed_image(model.preprocess(example.picture()))[0]
+        run = ForwardPass(model.language_model, model.embed(ids, image_embeds)[None])
+    span = find_image_span(ids, model.config.image_token_index)
     target = int(run.logits.argmax()) if label == "greedy" else answer_label(model, example)
     return run, groups_of(cast(tuple[int, int], span), len(ids)), target  # with a picture never None
 
@@ -226,7 +225,7 @@ def answer_label(model: Llava, example: Example) -> int:
     def ids(template: str) -> list[int]:
         return encode_prompt(
             model.tokenizer, example.question, template, config.image_token_index, config.num_image_tokens
-        ).ids
+        )
 
     prompt, whole = ids(model.template), ids(f"{model.template} {answer}")
     if len(whole) == len(prompt) or whole[: len(prompt)] != prompt:
@@ -380,7 +379,7 @@ def main() -> None:
     model, settings = load_recorded(args)
     settings = {**settings, **asked, "label": args.label}
     with Records(results_path(args.out, "flow", settings), settings) as records:
-        record_each(model, examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")
+        record_each(examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")
     show(args, model, examples, [records.rows[example.id] for example in examples])
 
 

@@ -40,6 +40,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
+from ..assistant import Llava
 from ..checkpoint.config import read_config
 from ..checkpoint.files import read_json, tensor_files
 from ..checkpoint.load import rename
@@ -49,7 +50,6 @@ from ..config import LlavaConfig
 from ..errors import HimapError
 from ..image import ImageProcessor
 from ..methods.schedules import parse_method
-from ..model import Llava
 from .questions import Example, parse_questions
 from .scenes import TEST, draw, make_scene
 

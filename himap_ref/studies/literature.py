@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+from ..assistant.answer import kv_cache_bytes
 from ..commands.manners import run_command
 from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig
 from ..errors import HimapError
-from ..flops import kv_cache_bytes, lm_head_flops, pass_flops
+from ..flops import pass_flops
 from ..methods.plan import plan_prefill, tokens_per_layer
 from ..pruning import HIMAP, HIMAP_CAPTION, Stage
 
@@ -31,6 +32,11 @@ def three_matrix_layer(n: int, d: int, m: int) -> int:
 def paper_flops(config: TextConfig, tokens: Sequence[int], layer: Callable[..., int] = paper_layer) -> int:
     """Sum of `layer` over the layers' token numbers (`tokens_per_layer`: image tokens only, as the papers count)."""
     return sum(layer(n, config.hidden_size, config.intermediate_size) for n in tokens)
+
+
+def lm_head_flops(config: TextConfig, rows: int) -> int:
+    """True FLOPs."""
+    return 2 * rows * config.hidden_size * config.vocab_size
 
 
 def definitions(

@@ -94,7 +94,7 @@ class HimapRef(lmms):
 
             method=2:0.5:text_to_image+8:72:image_to_image
 
-        batch_size: questions at a time whose prompts have equal length. Raises HimapError for values that do not fit.
+        batch_size: questions at a time. Raises HimapError for values that do not fit.
         """
         super().__init__()
         if dtype not in (None, *DTYPES):
@@ -144,13 +144,13 @@ class HimapRef(lmms):
             text, options, _, doc_id, task, split = request.args
             questions.append(text.replace("<image>", "").strip())  # the template has its own
             try:
-                length = len(self.model.encode(questions[place]).ids)
+                self.model.encode(questions[place])
                 sampling = read_sampling(options, asked[task, split, doc_id])  # repeats of a question get other seeds
             except HimapError as error:
                 raise HimapError(f"{_name(request)}: {error}") from None
             asked[task, split, doc_id] += 1
-            groups[length, sampling].append(place)
-        for (_, sampling), group in groups.items():
+            groups[sampling].append(place)
+        for sampling, group in groups.items():
             for first in range(0, len(group), self.batch_size):
                 batch = [(place, self._picture(requests[place])) for place in group[first : first + self.batch_size]]
                 for _, part in groupby(batch, key=lambda pair: pair[1] is None):  # all with a picture, or all without

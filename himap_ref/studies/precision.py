@@ -27,11 +27,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..assistant import Answer
 from ..commands.manners import run_command
 from ..commands.report import markdown
 from ..errors import HimapError
 from ..methods.schedules import Method, parse_method
-from ..model import Answer
 from .asking import record_each
 from .evaluate import Evaluation, add_arguments, answer
 from .metrics import interval, paired
@@ -107,8 +107,7 @@ def measure(evaluation: Evaluation, method: Method, way: Way, out: Path) -> Rows
 
     settings = {**evaluation.settings, **method.settings(), "threads": way.threads, "batch": way.batch}
     with Records(results_path(out, f"{method.name} {way}", settings), settings) as records, threads(way.threads):
-        N = method.num_image_tokens(evaluation.model.config)
-        record_each(evaluation.model, evaluation.examples, records, way.batch, ask, f"{method.name}, {way}", N)
+        record_each(evaluation.examples, records, way.batch, ask, f"{method.name}, {way}")
         return {example.id: records.rows[example.id] for example in evaluation.examples}
 
 

@@ -14,12 +14,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
+from ..assistant import Llava
 from ..checkpoint.files import find_device
 from ..checkpoint.write import folder_files
 from ..config import LlavaConfig
 from ..errors import HimapError
 from ..image import ImageProcessor
-from ..model import Llava
 
 PERIOD = 1_000_003  # prime, so that no two rows of a matrix are the same piece of the block
 SHARD = 2**30  # bytes of one file; writing takes twice that in memory

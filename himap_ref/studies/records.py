@@ -15,10 +15,10 @@ import stat
 from hashlib import sha256
 from pathlib import Path
 
+from ..assistant import Llava
 from ..checkpoint.files import tensor_files
 from ..commands.options import load_model, revision_of
 from ..errors import HimapError
-from ..model import Llava
 
 try:
     import fcntl

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from ..assistant import Llava
 from ..commands.files import write_text
 from ..commands.manners import run_command
 from ..commands.report import markdown
@@ -30,7 +31,7 @@ from ..errors import HimapError
 from ..flops import pass_flops, projector_flops, vision_flops
 from ..methods.plan import plan_prefill
 from ..methods.schedules import METHODS, Method, parse_method
-from ..model import Llava
+from ..model import find_image_span
 from .evaluate import Evaluation, add_arguments
 from .metrics import bootstrap, interval, paired
 from .plots import check_picture, figure
@@ -133,9 +134,10 @@ def equal_flops(model: Llava, examples: list[Example], budgets: list[float] | No
 
     Default budgets: the paper's schedule's share, and 0.85, 1.15 and 1.25 times it.
     """
-    prompts: list[Any] = [model.encode(example.question) for example in examples[:200]]  # all have an image_span
-    before = prompts[0].image_span[0]
-    after = int(median(len(prompt.ids) - prompt.image_span[1] for prompt in prompts))
+    prompts = [model.encode(example.question) for example in examples[:200]]
+    spans: list[Any] = [find_image_span(ids, model.config.image_token_index) for ids in prompts]  # all have one
+    before = spans[0][0]
+    after = int(median(len(ids) - stop for ids, (_, stop) in zip(prompts, spans, strict=True)))
     vanilla, entries = planned_flops(model, Method("none"), before, after), []
     if budgets is None:
         paper = planned_flops(model, parse_method("himap-paper", model), before, after) / vanilla

@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..assistant import Llava
 from ..checkpoint.write import folder_files
 from ..commands.files import check_writable, write_whole
 from ..commands.manners import run_command
@@ -41,7 +42,6 @@ from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..decoder import DecoderLayer, rope
 from ..errors import HimapError
 from ..image import ImageProcessor
-from ..model import Llava
 from ..prompt import TEMPLATES
 from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, Scene, draw, make_questions, make_scene
 
@@ -208,9 +208,8 @@ StepLayer = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def layer_forward(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
     """One decoder layer with softmax written out: on a CPU its backward is faster than the fused kernel's."""
-    h = layer.input_layernorm(x)
-    q = layer.self_attn.queries(h, cos, sin)
-    k, v = layer.self_attn.keys_values(h, cos, sin)
+    parts = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
+    q, k, v = (part.transpose(1, 2) for part in parts)  # (B, h, T, c)
     a = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(dim=-1)
     x = x + layer.self_attn.o_proj((a @ v).transpose(1, 2).flatten(2))
     return x + layer.mlp(layer.post_attention_layernorm(x))

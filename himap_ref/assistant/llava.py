@@ -1,0 +1,182 @@
+"""`Llava`: the model with its tokenizer and picture settings, loaded from a checkpoint, answering questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..cache import LayerCache
+from ..checkpoint.config import read_config, read_eos, read_image_processor, read_settings
+from ..checkpoint.files import find_device, find_folder, read_json, read_tokenizer
+from ..checkpoint.load import load_weights
+from ..config import LlavaConfig
+from ..errors import HimapError
+from ..flops import pass_flops, projector_flops, vision_flops
+from ..generation import clock, generate
+from ..image import ImageProcessor, load_image
+from ..kernels import single_rows
+from ..methods.reducers import ImageReducer
+from ..methods.schedules import parse_stages
+from ..model import LlavaModel, find_image_span
+from ..prompt import TEMPLATES, encode_prompt, streamer
+from ..pruning import Stages
+from ..sampling import Sampling
+from .answer import Answer, Past, count_flops
+
+Picture = str | Path | Image.Image
+
+
+class Llava(LlavaModel):
+    """`from_pretrained` fills it and reads what else a checkpoint holds."""
+
+    tokenizer: Tokenizer  # only a checkpoint has one
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.image_processor = ImageProcessor()
+        self.eos_token_ids: tuple[int, ...] = ()
+        self.template = TEMPLATES["vicuna_v1"]
+        self.settings: dict = {}  # himap.json: "template", "stages" (the schedule that suits it), "note" (its limits)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+    ) -> Llava:
+        """From a folder, a hub id or a short name (`checkpoint.files.SHORT_NAMES`).
+
+        Built on the meta device, strict; on the CPU and in the file's own dtype, tensors stay mapped from the file.
+        Raises HimapError that names the file or tensor at fault.
+        """
+        device, folder = find_device(device, dtype), find_folder(source, revision)
+        config = read_config(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        model.tokenizer = read_tokenizer(folder)
+        model.image_processor = read_image_processor(folder, config.vision_config.image_size)
+        model.eos_token_ids = read_eos(folder)
+        model.settings = read_settings(folder)
+        model.template = model.settings.get("template", model.template)
+        if "stages" in model.settings:
+            model.himap = parse_stages(model.settings["stages"], trusted=False)
+        load_weights(model, folder, dtype, device)  # last, because it takes longest
+        single_rows(model.language_model)
+        return model.eval()
+
+    def preprocess(self, image: Picture) -> Tensor:
+        """A picture or its file -> pixel_values (1, 3, S, S), fp32 on the CPU."""
+        return self.image_processor(load_image(image))
+
+    def encode(self, question: str, num_image_tokens: int | None = None, past: Past | None = None) -> list[int]:
+        """Question -> ids, the image tokens (default: the model's N; 0: no picture) in place.
+
+        Behind a conversation so far, it is the next turn. Raises HimapError if the ids do not go on from `past`.
+        """
+        N = self.config.num_image_tokens if num_image_tokens is None else num_image_tokens
+        image_token, vocab_size = self.config.image_token_index, self.config.text_config.vocab_size
+        turn = past is not None and past.is_conversation
+        ids = encode_prompt(self.tokenizer, question, self.template, image_token, 0 if turn else N, turn)
+        if past and turn:
+            cut = past.ids[-1] not in self.eos_token_ids  # then the end of its answer is still to be said
+            ids = past.ids + [*self.eos_token_ids][:cut] + ids
+        if foreign := [id for id in ids if id >= vocab_size and id != image_token]:
+            raise HimapError(f"the tokenizer gives id {foreign[0]}, the weights know {vocab_size}: not of one model")
+        if past and ids[: len(past.ids)] != past.ids:
+            raise HimapError("the prompt does not begin with the prefix: it was computed for another template")
+        return ids
+
+    def fingerprint(self) -> list:
+        """By which a `Past` knows the decoder that computed it: another after any change of weight, dtype or device."""
+        return [(p.data_ptr(), p._version, p.dtype, p.device) for p in self.language_model.parameters()]
+
+    @torch.no_grad()
+    def prefix(self) -> Past:
+        """What stands before the picture, computed once: `generate(..., past=prefix)` takes it from there.
+
+        Attention is causal, so no picture or question changes it. Raises HimapError if nothing stands there.
+        """
+        ids = self.encode("?", num_image_tokens=1)
+        ids = ids[: ids.index(self.config.image_token_index)]
+        if not ids:
+            raise HimapError("nothing stands before the picture, neither BOS nor text: there is no prefix to compute")
+        return Past(ids, self.language_model(self.embed(ids, None)[None]).cache, self.fingerprint(), len(ids))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image: Picture | None | Sequence[Picture | None],
+        prompt: str | Sequence[str],
+        stages: Stages = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        reprune: bool = False,
+        on_text: Callable[[str], None] | None = None,
+        reducer: ImageReducer | None = None,
+        past: Past | None = None,
+    ) -> Answer | list[Answer]:
+        """Answers a question about a picture (None: no picture, so the stages have nothing to prune).
+
+        A list of questions is a batch, and a list comes back: of any lengths, about one picture or one each, each
+        pruned by its own scores. stages: "himap" is what the weights recommend. reprune: see `generation.generate`.
+        on_text receives the (first) answer piece by piece. reducer: makes the image tokens in the model's place.
+        past: a prefix, or an answer's `past`, whose next turn this is (image: None, it has been seen).
+        Raises HimapError for input that does not fit.
+        """
+        questions = [prompt] if isinstance(prompt, str) else list(prompt)
+        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
+        self._check(images, questions, past)
+        config, decoder, device = self.config, self.language_model, self.language_model.norm.weight.device
+        begun, N, image_embeds = clock(device), 0, None
+        if images[0] is not None:
+            pixel_values = torch.cat([self.preprocess(picture) for picture in images])
+            image_embeds = reducer(self, pixel_values) if reducer else self.embed_image(pixel_values)
+            N = image_embeds.shape[1]
+        encoded, start = [self.encode(question, N, past) for question in questions], past.length if past else 0
+        prompts = [self.embed(ids[start:], None if image_embeds is None else image_embeds[b])
+                   for b, ids in enumerate(encoded)]  # fmt: skip
+        vision, span = clock(device) - begun, find_image_span(encoded[0], config.image_token_index)
+        out = generate(
+            decoder, prompts, span if N else None, (self.himap if stages == "himap" else stages) if N else (),
+            max_new_tokens, self.eos_token_ids, Sampling(temperature, top_p, seed), reprune,
+            streamer(self.tokenizer, on_text) if on_text else None, past.cache if past else None, start,
+        )  # fmt: skip
+        own = (vision_flops(config), projector_flops(config)) if N else (0, 0)
+        picture = reducer.flops(config) if reducer and N else own
+        pruned_before = config.num_image_tokens - (span[1] - span[0]) if span else 0  # by the reducer
+        executed = len(prompts) * sum(pass_flops(config.text_config, trace.layers) for trace in out.traces)
+        answers = []
+        for b, (ids, asked) in enumerate(zip(out.token_ids, encoded, strict=True)):
+            n = len(asked) + pruned_before
+            cached = n - len(prompts[b]) if past and past.is_conversation else 0  # a prefix is no vanilla run's
+            traces = [trace.item(b) for trace in out.traces[: len(ids)]]
+            answers.append(Answer(
+                text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(), token_ids=ids, prompt_ids=asked,
+                image_span=span, finish=out.finish[b], first_logits=out.first_logits[b], traces=traces,
+                flops=count_flops(config, traces, n - cached, cached, picture, own), batch_flops=executed,
+                seconds={"vision": vision, **out.seconds}, make_past=self._past_of(b, asked + ids, out.cache),
+            ))  # fmt: skip
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def _past_of(self, b: int, ids: list[int], cache: list[LayerCache]) -> Callable[[], Past]:
+        """Made when it is asked for: it copies prompt `b`'s part of the batch's cache."""
+        fingerprint = self.fingerprint()
+        return lambda: Past(ids, [layer.item(b) for layer in cache], fingerprint, len(ids) - 1)
+
+    def _check(self, images: Sequence[Picture | None], questions: Sequence[str], past: Past | None) -> None:
+        if not questions or len(images) != len(questions) or len({picture is None for picture in images}) > 1:
+            raise HimapError(f"a batch of {len(questions)} questions needs as many pictures, or None")
+        if past and past.weights != self.fingerprint():
+            raise HimapError("the prefix or conversation was computed by other weights, or on another dtype or device")
+        if past and past.is_conversation and images[0] is not None:
+            raise HimapError("a later turn is about the picture of the first: give None for its picture")
