@@ -39,14 +39,14 @@ def slow(decoder, x, block, drawn):
     cos_sin = rope(torch.arange(n)[None], decoder.config, x.dtype)
     for i, layer in enumerate(decoder.layers):
         h = layer.input_layernorm(x)
-        q, (k, v) = layer.self_attn.queries(h, *cos_sin), layer.self_attn.keys_values(h, *cos_sin)
+        q, k, v = layer.self_attn.qkv(h, *cos_sin)
         heads = []
-        for head in range(q.shape[1]):
-            group = head * k.shape[1] // q.shape[1]
-            scores = q[0, head].double() @ k[0, group].double().T / q.shape[-1] ** 0.5
+        for head in range(q.shape[2]):
+            group = head * k.shape[2] // q.shape[2]
+            scores = q[0, :, head].double() @ k[0, :, group].double().T / q.shape[-1] ** 0.5
             weights = scores.masked_fill(~(disrupted if i in layers else causal), -torch.inf).softmax(-1)
-            heads.append(weights @ v[0, group].double())
-        x = x + layer.self_attn.project(torch.stack(heads)[None].to(x.dtype))
+            heads.append(weights @ v[0, :, group].double())
+        x = x + layer.self_attn.o_proj(torch.cat(heads, dim=-1)[None].to(x.dtype))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return decoder.logits(decoder.norm(x)[0, -1])
 
@@ -91,11 +91,12 @@ def test_new_tokens(decoder, x, kind, reading):
     prompts, block = Prompts(decoder, x, SPAN, SEEDS), Block(kind, reading, 2)
     out, ids = prompts.prefill(block), torch.tensor([[5, 9, 40], [70, 2, 2]])
     for step in range(3):
-        logits, _ = decoder.decode(decoder.embed_tokens(ids[:, step : step + 1]), N_TOKENS + step, out.cache)
+        position = torch.full((2, 1), N_TOKENS + step)
+        out = decoder(decoder.embed_tokens(ids[:, step : step + 1]), positions=position, cache=out.cache)
         for b, seed in enumerate(SEEDS):
             longer = torch.cat((x[b], decoder.embed_tokens(ids[b, : step + 1])))[None]
             drawn = draw_rows(N_TOKENS, slice(*SPAN), seed)  # of the prompt: new tokens are never drawn
-            assert_close(logits[b], slow(decoder, longer, block, drawn), rtol=0, atol=5e-5)
+            assert_close(out.logits[b], slow(decoder, longer, block, drawn), rtol=0, atol=5e-5)
 
 
 def test_generate(decoder, x):

@@ -68,7 +68,7 @@ def test_batches_answer_alike(shapes):
     def ask(*asked):
         return answer(shapes, *asked, Method("none"), 8)
 
-    alone, together = ({e.id: a.token_ids for e, a in ask_each(shapes, examples, size, ask)} for size in (1, 3))
+    alone, together = ({e.id: a.token_ids for e, a in ask_each(examples, size, ask)} for size in (1, 3))
     assert alone == together and set(alone) == {e.id for e in examples}
 
 

@@ -17,7 +17,6 @@ from toys import TOKENIZERS, make_tokenizer
 from himap_ref import HimapError, Llava
 from himap_ref.commands.options import EMBEDDED
 from himap_ref.decoder import rope
-from himap_ref.pruning import LayerView
 from himap_ref.studies import flow
 from himap_ref.studies.plots import check_picture, figure
 from himap_ref.studies.questions import scene_examples
@@ -87,15 +86,15 @@ def slow_loss(decoder, x, label, bumped=None, bump=0.0):
     invisible = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
     for i, layer in enumerate(decoder.layers):
         hidden, attention = layer.input_layernorm(x), layer.self_attn
-        q, (k, v) = attention.queries(hidden, *cos_sin)[0], attention.keys_values(hidden, *cos_sin)
+        q, k, v = attention.qkv(hidden, *cos_sin)
         read = []
-        for head in range(len(q)):
-            served_by = head * k.shape[1] // len(q)
-            scores = q[head] @ k[0, served_by].T / q.shape[-1] ** 0.5
+        for head in range(q.shape[2]):
+            served_by = head * k.shape[2] // q.shape[2]
+            scores = q[0, :, head] @ k[0, :, served_by].T / q.shape[-1] ** 0.5
             A = scores.masked_fill(invisible, float("-inf")).softmax(dim=-1)
             if bumped and bumped[:2] == (i, head):
                 A[bumped[2:]] += bump
-            read.append(A @ v[0, served_by])
+            read.append(A @ v[0, :, served_by])
         x = x + attention.o_proj(torch.cat(read, dim=-1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return -decoder.logits(decoder.norm(x[0, -1])).log_softmax(dim=-1)[label]
@@ -135,15 +134,15 @@ def test_layers_alone_equal_one_graph(tiny_decoder, embeddings):
 
 def test_one_layers_maps_at_a_time(tiny_decoder, embeddings, monkeypatch):
     """Maps of earlier layers still held when the next layer's are computed: at 7B's size gigabytes."""
-    maps, alive, made = LayerView.maps, [], []
+    attention_map, alive, made = flow.attention_map, [], []
 
-    def counting(view, rows):
+    def counting(*given):
         alive.append(sum(reference() is not None for reference in made))
-        A = maps(view, rows)
+        A = attention_map(*given)
         made.append(weakref.ref(A.untyped_storage()))  # not of A, of which an alias or a graph could outlive it
         return A
 
-    monkeypatch.setattr(LayerView, "maps", counting)
+    monkeypatch.setattr(flow, "attention_map", counting)
     run = flow.ForwardPass(tiny_decoder(), embeddings(1, 12))
     for S in run.saliency(3):
         assert S.shape == (2, 12, 12)
