@@ -196,7 +196,8 @@ class LlamaDecoder(nn.Module):
             return slice(n, n)
         (start, stop), first = image_span, int(positions[0, 0])
         image = slice(start - first, stop - first)
-        if not 0 <= image.start < image.stop <= n or not (positions[:, image] == positions[0, image]).all():
+        places = torch.arange(start, stop, device=x.device)
+        if not 0 <= image.start < image.stop <= n or (positions[:, image] != places).any():
             raise HimapError(f"image_span ({start}, {stop}) does not lie within the {n} tokens of the prompt")
         if stage_at and (real.sum(dim=1) <= image.stop).any():
             raise HimapError("no text follows the image: stages need text rows after it to rank by")

@@ -79,8 +79,9 @@ def generate(
         for b, token_id in enumerate(ids.tolist()):
             if not done[b]:
                 answers[b].append(token_id)
-                prompts[b] = torch.cat((prompts[b], tokens[b : b + 1])) if reprune else prompts[b]
                 done[b] = token_id in eos or len(answers[b]) == limits[b]
+                if reprune and not done[b]:
+                    prompts[b] = torch.cat((prompts[b], tokens[b : b + 1]))
                 if b == 0 and on_token:
                     on_token(token_id)
         if len(traces) == 1:

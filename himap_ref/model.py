@@ -37,6 +37,13 @@ class LlavaModel(nn.Module):
         weight = self.multi_modal_projector.linear_1.weight
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(weight.device, weight.dtype)))
 
+    def image_span(self, prompts: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+        """Where all prompts of a batch have their image tokens; raises HimapError if they do not agree."""
+        spans = {find_image_span(ids, self.config.image_token_index) for ids in prompts}
+        if len(spans) != 1:
+            raise HimapError("the prompts of a batch must have their image tokens at the same places")
+        return spans.pop()
+
     def embed(self, ids: Sequence[int], image_embeds: Tensor | None) -> Tensor:
         """One prompt's n ids and (N, d) image tokens -> (n, d). Raises HimapError if it has not N places for them."""
         start, stop = find_image_span(ids, self.config.image_token_index) or (0, 0)
@@ -54,4 +61,4 @@ class LlavaModel(nn.Module):
         images = [None] * len(input_ids) if pixel_values is None else self.embed_image(pixel_values)
         prompts, stages = input_ids.tolist(), self.himap if stages == "himap" else stages
         x = torch.stack([self.embed(ids, image) for ids, image in zip(prompts, images, strict=True)])
-        return self.language_model(x, find_image_span(prompts[0], self.config.image_token_index), stages, all_rows)
+        return self.language_model(x, self.image_span(prompts), stages, all_rows)

@@ -108,8 +108,8 @@ class Stage:
         if type(self.layer) is not int or self.layer < 1:
             raise HimapError(f"stage layer {self.layer!r}: expected a whole number from 1 (layer K-1 ranks)")
         no_picture = type(self.keep) is int and self.keep == 0 and self.score is None
-        low, high = {int: (1, 2**31), float: (1e-9, 1)}.get(type(self.keep), (1, 0))
-        if not (no_picture or low <= self.keep <= high):
+        share, count = type(self.keep) is float and 0 < self.keep <= 1, type(self.keep) is int and self.keep >= 1
+        if not (share or count or no_picture):
             hint = " (0 drops the whole picture: only with no score)" if self.keep == 0 else ""
             raise HimapError(f"stage keep {self.keep!r}: expected a count of at least 1 or a share in (0, 1]{hint}")
         if not (no_picture or callable(self.score)):

@@ -1,5 +1,7 @@
 """The count of FLOPs against torch's own counter, and against the numbers in print."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,21 +17,13 @@ from himap_ref import (
     image_to_image,
     text_to_image,
 )
-from himap_ref.flops import (
-    count_flops,
-    decode_steps,
-    kv_cache_bytes,
-    layer_flops,
-    lm_head_flops,
-    pass_flops,
-    projector_flops,
-    vision_flops,
-)
+from himap_ref.assistant.answer import count_flops, kv_cache_bytes, vanilla_passes
+from himap_ref.flops import LayerTrace, layer_flops, pass_flops, projector_flops, vision_flops
 from himap_ref.generation import generate
 from himap_ref.methods.plan import plan_prefill
 from himap_ref.methods.schedules import FASTV
 from himap_ref.methods.scores import all_to_image, last_to_image, random
-from himap_ref.studies.literature import definitions, paper_flops, three_matrix_layer, tokens_per_layer
+from himap_ref.studies.literature import definitions, lm_head_flops, paper_flops, three_matrix_layer, tokens_per_layer
 
 CONFIG_7B, CONFIG_13B = LLAVA_1_5_7B.text_config, LLAVA_1_5_13B.text_config
 
@@ -44,7 +38,7 @@ def counted(function, *args):
 
 def both_ways(view):
     """A score of a user's own that looks at the attention twice."""
-    return text_to_image(view) - view.attention(view.last, view.image)[:, 0]
+    return text_to_image(view) - view.attention(view.last)[:, 0]
 
 
 TWO = Stage(1, 0.5, text_to_image), Stage(3, 0.25, image_to_image)
@@ -81,10 +75,11 @@ def test_equal_to_torchs_counter(tiny_llava, embeddings, case):
     plan = plan_prefill(config.text_config, span, n, stages)
     assert plan == out.trace.layers
     assert flops == pass_flops(config.text_config, out.trace.layers) == pass_flops(config.text_config, plan)
-    for step, planned in enumerate(decode_steps(plan, 3)):
-        flops, (_, layers) = counted(decoder.decode, embeddings(1, 1, seed=step), n + step, out.cache)
-        assert layers == planned
-        assert flops == pass_flops(config.text_config, layers)
+    for step in range(n, n + 3):
+        next_token = partial(decoder, positions=torch.tensor([[step]]), cache=out.cache)
+        flops, out = counted(next_token, embeddings(1, 1, seed=step))
+        assert out.trace.layers == [LayerTrace(1, 0, 1, layer.keys + step - n + 1) for layer in plan]
+        assert flops == pass_flops(config.text_config, out.trace.layers)
 
 
 @pytest.mark.parametrize("reprune", [False, True])
@@ -94,14 +89,17 @@ def test_whole_answer(tiny_llava, embeddings, reprune):
     config, text, x = model.config, model.config.text_config, embeddings(1, 25)
     flops, out = counted(lambda: generate(model.language_model, x, span, TWO, 4, reprune=reprune))
     vanilla, _ = counted(lambda: generate(model.language_model, x, span, (), 4))
-    decode = [trace.layers for trace in out.traces[1:]] if reprune else out.decode_layers
-    answer = count_flops(config, 25, span, out.traces[0].layers, decode)
+    image = vision_flops(config), projector_flops(config)
+    answer = count_flops(config, out.traces, 25, 0, image, image)
     assert len(answer.decode) == 3
     assert answer.total == flops + vision_flops(config) + projector_flops(config) == answer.macs * 2
     assert answer.vanilla.total == vanilla + vision_flops(config) + projector_flops(config)
     assert answer.decoder_ratio == flops / vanilla and answer.ratio == answer.total / answer.vanilla.total
-    blind = count_flops(config, 25, None, plan_prefill(text, (25, 25), 25), ())
-    assert blind.total == blind.vanilla.total == pass_flops(text, plan_prefill(text, (25, 25), 25))
+    assert [pass_flops(text, layers) for layers in vanilla_passes(text, 25, 0, 4)] == [
+        answer.vanilla.prefill, *answer.vanilla.decode
+    ]  # fmt: skip
+    blind = count_flops(config, generate(model.language_model, x, max_new_tokens=2).traces, 25, 0, (0, 0), (0, 0))
+    assert blind.total == blind.vanilla.total and blind.prefill == pass_flops(text, plan_prefill(text, (25, 25), 25))
 
 
 def test_parts_of_a_layer():
@@ -110,20 +108,20 @@ def test_parts_of_a_layer():
     layer = plan_prefill(CONFIG_7B, (36, 612), n, HIMAP)[1]
     left = n - 288
     assert layer_flops(CONFIG_7B, layer) == {
-        "q_proj": 2 * left * d * d, "k_proj": 2 * n * d * d, "v_proj": 2 * n * d * d, "ranking": 2 * 10 * n * d,
+        "q_proj": 2 * n * d * d, "k_proj": 2 * n * d * d, "v_proj": 2 * n * d * d, "ranking": 2 * 10 * n * d,
         "scores": 2 * left * n * d, "weighted_sum": 2 * left * n * d, "o_proj": 2 * left * d * d,
         "mlp": 6 * left * d * m,
     }  # fmt: skip
-    assert lm_head_flops(CONFIG_7B) == 2 * 4096 * 32064
+    assert pass_flops(CONFIG_7B, []) == lm_head_flops(CONFIG_7B, 1) == 2 * 4096 * 32064
 
 
 def test_scores_that_need_data():
     """A plan made up for a score whose cost cannot be known without running it."""
 
     def depends(view):
-        if view.attention(view.last, view.image).max() > 0.5:
-            return view.attention(view.all, view.image).sum(1)
-        return view.attention(view.last, view.image).sum(1)
+        if view.attention(view.last).max() > 0.5:
+            return view.attention(view.all).sum(1)
+        return view.attention(view.last).sum(1)
 
     with pytest.raises(HimapError, match="needs data"):
         plan_prefill(CONFIG_7B, (36, 612), 622, (Stage(2, 0.5, depends),))
@@ -139,9 +137,9 @@ def test_kv_cache_bytes(tiny_decoder, embeddings, stages):
 
     out = decoder(embeddings(1, 25), (3, 19), stages)
     assert kv_cache_bytes(decoder.config, out.trace.layers, 4) == held(out.cache)
-    _, layers = decoder.decode(embeddings(1, 1), 25, out.cache)
-    assert kv_cache_bytes(decoder.config, layers, 4) == held(out.cache)
-    assert kv_cache_bytes(decoder.config, layers) * 2 == held(out.cache)
+    out = decoder(embeddings(1, 1), positions=torch.tensor([[25]]), cache=out.cache)
+    assert kv_cache_bytes(decoder.config, out.trace.layers, 4) == held(out.cache)
+    assert kv_cache_bytes(decoder.config, out.trace.layers) * 2 == held(out.cache)
 
 
 # ---------------------------------------------------------------- numbers in print (LLaVA-1.5)
@@ -209,9 +207,17 @@ def test_executed_is_below_the_papers_order():
         plan = plan_prefill(CONFIG_7B, span, n, stages)
         assert [layer.keys for layer in plan] == whole
         assert [layer.rows for layer in plan] == [*whole[1:], 1]
-        full = [type(layer)(n, n, layer.score_rows, n, n) for layer, n in zip(plan, whole, strict=True)]
+        full = [LayerTrace(n, layer.ranking, n, n) for layer, n in zip(plan, whole, strict=True)]
         skipped = sum(a.rows - b.rows for a, b in zip(full, plan, strict=True))
         saved = pass_flops(CONFIG_7B, full) - pass_flops(CONFIG_7B, plan)
         pairs = sum((a.rows - b.rows) * a.keys for a, b in zip(full, plan, strict=True))
-        queries = 288 + whole[-1] - 1  # of stage 1's losers, whom only text ranks, and of the last layer
-        assert saved == skipped * one + pairs * 4 * 4096 + queries * 2 * 4096**2
+        assert saved == skipped * one + pairs * 4 * 4096
+
+
+def test_executed_share_of_the_papers_order():
+    """What the early drop and the prefix are said to save at 35 + 576 + 60 tokens."""
+    n, span = 671, (35, 611)
+    paper = sum(pass_flops(CONFIG_7B, [LayerTrace(95 + N, 0, 95 + N, 95 + N)]) - pass_flops(CONFIG_7B, [])
+                for N in tokens_per_layer(HIMAP, 576, 32)) + pass_flops(CONFIG_7B, [])  # fmt: skip
+    assert pass_flops(CONFIG_7B, plan_prefill(CONFIG_7B, span, n, HIMAP)) / paper <= 0.935
+    assert pass_flops(CONFIG_7B, plan_prefill(CONFIG_7B, span, n, HIMAP, cached=35)) / paper <= 0.80

@@ -1,31 +1,40 @@
-"""The prefix cache: what stands before the picture, computed once. Same results, fewer FLOPs, counted exactly."""
+"""A prefix: what stands before the picture, computed once. Same results, fewer FLOPs; never the wrong one."""
+
+import json
+from copy import deepcopy
 
 import pytest
 import torch
 from test_flops import counted
+from tokenizers import Tokenizer
 from torch.testing import assert_close
 
 from himap_ref import HIMAP, HimapError, Stage, image_to_image, text_to_image
-from himap_ref.flops import pass_flops, prefix_flops
+from himap_ref.flops import pass_flops
 from himap_ref.generation import generate
 from himap_ref.methods.plan import plan_prefill
 from himap_ref.methods.reducers import ClsAttention
-from himap_ref.methods.scores import all_to_image, last_to_image
+from himap_ref.methods.scores import all_to_image, image_to_image_mean, image_to_image_relative, last_to_image, random
 
 SPAN, N = (6, 20), 27
 QUESTION = "How many objects are there?"
+NEAR = {"rtol": 1e-4, "atol": 5e-5}
 
 
 def by_everything(view):
-    """A score that reads all that a view offers, the prefix's share of it included."""
-    system = view.attention(view.system, view.system).sum(dim=(1, 2))[:, None]
-    return view.attention(view.all, view.image).sum(dim=1) + system + view.hidden.sum(dim=(1, 2))[:, None]
+    """A score that reads all that a view offers, the prefix's keys included."""
+    keys = view.k.sum(dim=(1, 2, 3)) + view.v.sum(dim=(1, 2, 3)) + view.key_positions.sum(dim=1)
+    own = view.hidden[:, view.image].sum(dim=2) + view.q[:, view.image].sum(dim=(2, 3)) + view.positions[:, view.image]
+    system = view.maps(view.text)[..., :3].sum(dim=(1, 2, 3))
+    return view.attention(view.all).sum(dim=1) + own + (keys + system)[:, None]
 
 
 SCHEDULES = {
     "none": (),
     "two": (Stage(1, 7, text_to_image), Stage(3, 3, image_to_image)),
     "layers 1 and 4": (Stage(1, 9, all_to_image), Stage(4, 0.5, last_to_image)),
+    "relative": (Stage(1, 9, image_to_image_mean), Stage(3, 0.5, image_to_image_relative)),
+    "chance": (Stage(2, 9, random),),
     "own score": (Stage(2, 5, by_everything),),
     "the whole picture": (Stage(2, 0, None),),
 }
@@ -38,34 +47,43 @@ def prompts(embeddings, p):
     return x
 
 
+def rest(x, p, cache):
+    """Arguments for what stands behind p cached tokens."""
+    return {"inputs_embeds": x[:, p:], "positions": torch.arange(p, x.shape[1]).expand(len(x), -1), "cache": cache}
+
+
 @pytest.mark.parametrize("p", [1, 4, 6])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_as_without(tiny_decoder, embeddings, schedule, p):
-    """Rows, positions, masks or keys that shift by the prefix; a score that does not see it."""
+    """Rows, positions, masks or keys that shift by the prefix; a score that does not see its keys."""
     decoder, x, stages = tiny_decoder(num_key_value_heads=2), prompts(embeddings, p), SCHEDULES[schedule]
-    prefix = decoder.compute_prefix(x[:1, :p])
-    want, got = (decoder(x, SPAN, stages, all_rows=True, **given) for given in ({}, {"prefix": prefix}))
-    near = {"rtol": 1e-4, "atol": 5e-5}
-    assert_close(got.hidden, want.hidden[:, p:], **near)
+    cache = decoder(x[:1, :p]).cache
+    want = decoder(x, SPAN, stages, all_rows=True)
+    got = decoder(image_span=SPAN, stages=stages, all_rows=True, **rest(x, p, cache))
+    assert_close(got.hidden, want.hidden[:, p:], **NEAR)
     for ours, theirs in zip(got.trace.stages, want.trace.stages, strict=True):
         assert torch.equal(ours.kept, theirs.kept) and torch.equal(ours.candidates, theirs.candidates)
-        assert_close(ours.scores, theirs.scores, **near)
+        rows = {"all_to_image": N / (N - p)}.get(ours.score, 1)  # a mean, and the prefix's rows are not among these
+        assert_close(ours.scores, theirs.scores * rows, **NEAR)
     for ours, theirs in zip(got.cache, want.cache, strict=True):
-        assert_close(ours.k, theirs.k, **near)
-        assert_close(ours.v, theirs.v, **near)
-    assert_close(decoder(x, SPAN, stages, prefix=prefix).logits, want.logits, **near)
+        assert_close(ours.k, theirs.k, **NEAR)
+        assert_close(ours.v, theirs.v, **NEAR)
+        assert torch.equal(ours.positions, theirs.positions)
+    assert_close(decoder(image_span=SPAN, stages=stages, **rest(x, p, cache)).logits, want.logits, **NEAR)
 
 
 @pytest.mark.parametrize("reprune", [False, True])
 def test_generates_the_same(tiny_decoder, embeddings, reprune):
     """Decode steps that start from a cache without the prefix, or at a position short of it; a prefix used up once."""
     decoder, x, stages = tiny_decoder(), prompts(embeddings, 6), SCHEDULES["two"]
-    prefix = decoder.compute_prefix(x[:1, :6])
-    before = [k.clone() for k in prefix.k]
+    cache = decoder(x[:1, :6]).cache
+    before = [deepcopy((layer.k, layer.v, layer.positions)) for layer in cache]
     want = generate(decoder, x, SPAN, stages, 8, reprune=reprune)
     for _ in range(2):
-        assert generate(decoder, x, SPAN, stages, 8, reprune=reprune, prefix=prefix).token_ids == want.token_ids
-    assert all(torch.equal(a, b) for a, b in zip(before, prefix.k, strict=True))
+        got = generate(decoder, x[:, 6:], SPAN, stages, 8, reprune=reprune, cache=cache, start=6)
+        assert got.token_ids == want.token_ids
+    for layer, old in zip(cache, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip((layer.k, layer.v, layer.positions), old, strict=True))
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"num_hidden_layers": 1}], ids=str)
@@ -75,57 +93,90 @@ def test_flops(tiny_decoder, embeddings, schedule, changes):
     decoder = tiny_decoder(**changes)
     x, config = prompts(embeddings, 6)[:1], decoder.config
     stages = [stage for stage in SCHEDULES[schedule] if stage.layer < config.num_hidden_layers]
-    flops, prefix = counted(decoder.compute_prefix, x[:, :6])
-    assert flops == prefix_flops(config, prefix.trace)
-    flops, out = counted(lambda: decoder(x, SPAN, stages, prefix=prefix))
-    assert out.trace.layers == plan_prefill(config, SPAN, N, stages, prefix=6)
+    flops, prefix = counted(decoder, x[:, :6])
+    assert flops == pass_flops(config, prefix.trace.layers)
+    flops, out = counted(lambda: decoder(image_span=SPAN, stages=stages, **rest(x, 6, prefix.cache)))
+    assert out.trace.layers == plan_prefill(config, SPAN, N, stages, cached=6)
     assert flops == pass_flops(config, out.trace.layers) < counted(decoder, x, SPAN, stages)[0]
 
 
 def test_prefix_must_end_before_the_image(tiny_decoder, embeddings):
     """Image tokens of another picture taken from a cache."""
     decoder, x = tiny_decoder(), embeddings(1, N)
-    for p, span in ((7, SPAN), (N, None)):
-        with pytest.raises(HimapError, match="prefix"):
-            decoder(x, span, prefix=decoder.compute_prefix(x[:, :p]))
+    with pytest.raises(HimapError, match="does not lie within"):
+        decoder(image_span=SPAN, **rest(x, 7, decoder(x[:, :7]).cache))
 
 
-@pytest.fixture
-def cached(shapes):
-    """The embedded model with its prefix cached, and the FLOPs that took."""
-    yield shapes, shapes.cache_prefix()
-    shapes.prefix = None
+def test_positions_are_needed_behind_a_cache(tiny_decoder, embeddings):
+    """New tokens counted from 0 again, silently."""
+    decoder, x = tiny_decoder(), embeddings(1, N)
+    with pytest.raises(HimapError, match="position"):
+        decoder(x[:, 6:], cache=decoder(x[:, :6]).cache)
 
 
-def test_answers_are_the_same(cached, scene_picture):
-    """A switch that changes answers or kept tokens, does nothing, or forgets what it saves."""
-    model, spent = cached
-    got = model.generate([scene_picture] * 2, [QUESTION] * 2, HIMAP)[1]
-    model.prefix = None
-    want = model.generate(scene_picture, QUESTION, HIMAP)
-    assert got.token_ids == want.token_ids
+# ---------------------------------------------------------------- of a whole model
+
+
+def test_answers_are_the_same(shapes, scene_picture):
+    """A prefix that changes answers or kept tokens, does nothing, or forgets what it saves."""
+    prefix = shapes.prefix()
+    got = shapes.generate([scene_picture] * 2, [QUESTION] * 2, HIMAP, past=prefix)[1]
+    want = shapes.generate(scene_picture, QUESTION, HIMAP)
+    assert got.token_ids == want.token_ids and got.prompt_ids == want.prompt_ids
     assert [stage.kept.tolist() for stage in got.trace.stages] == [stage.kept.tolist() for stage in want.trace.stages]
     assert_close(got.first_logits, want.first_logits, rtol=0, atol=1e-4)
     assert got.flops.vanilla == want.flops.vanilla and got.flops.decode == want.flops.decode
-    plan = plan_prefill(model.config.text_config, want.image_span, len(want.prompt_ids), HIMAP, prefix=11)
-    assert got.flops.prefill == pass_flops(model.config.text_config, plan) < want.flops.prefill and spent > 0
+    plan = plan_prefill(shapes.config.text_config, want.image_span, len(want.prompt_ids), HIMAP, cached=11)
+    assert got.flops.prefill == pass_flops(shapes.config.text_config, plan) < want.flops.prefill
 
 
-def test_other_prompts_do_not_use_it(cached, scene_picture):
-    """The prefix of one template put before the question of another; fewer image tokens that shift it."""
-    model, _ = cached
-    template, prefix = model.template, model.prefix
-    ways = (
-        {"template": "USER: <image>\n{question} ASSISTANT:"},
-        {"template": template, "image": None},
-        {"template": template, "reducer": ClsAttention(9)},
-    )
-    for way in ways:
-        model.template, got = way["template"], []
-        for model.prefix in (prefix, None):
-            image = way.get("image", scene_picture)
-            got.append(model.generate(image, QUESTION, max_new_tokens=4, reducer=way.get("reducer")))
-        model.template = template
-        assert got[0].token_ids == got[1].token_ids
-        assert_close(got[0].first_logits, got[1].first_logits, rtol=0, atol=1e-4)
-        assert (got[0].flops.prefill < got[1].flops.prefill) == ("reducer" in way)
+def test_a_reducer_goes_with_it(shapes, scene_picture):
+    """Fewer image tokens that shift the prefix."""
+    options = {"reducer": ClsAttention(9), "max_new_tokens": 4}
+    got = shapes.generate(scene_picture, QUESTION, past=shapes.prefix(), **options)
+    want = shapes.generate(scene_picture, QUESTION, **options)
+    assert got.token_ids == want.token_ids and got.flops.prefill < want.flops.prefill
+    assert_close(got.first_logits, want.first_logits, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def own(shapes):
+    """A copy of the embedded model, to be changed."""
+    return deepcopy(shapes)
+
+
+def test_another_prompt_is_refused(own, scene_picture):
+    """The prefix of one template put before the question of another."""
+    prefix = own.prefix()
+    assert own.generate(None, QUESTION, past=prefix, max_new_tokens=1).prompt_ids[: len(prefix.ids)] == prefix.ids
+    own.template = "USER: <image>\n{question} ASSISTANT:"
+    with pytest.raises(HimapError, match="does not begin with the prefix"):
+        own.generate(scene_picture, QUESTION, past=prefix)
+
+
+CHANGES = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "load_state_dict": lambda model: model.load_state_dict(deepcopy(model.state_dict())),
+    "assigned": lambda model: model.load_state_dict(deepcopy(model.state_dict()), assign=True),
+    "in place": lambda model: model.language_model.layers[3].mlp.up_proj.weight.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_weights_are_refused(own, scene_picture, change):
+    """An old prefix used with new weights: silently another answer; with another dtype: torch's own error."""
+    prefix = own.prefix()
+    CHANGES[change](own)
+    with pytest.raises(HimapError, match="other weights"):
+        own.generate(scene_picture, QUESTION, past=prefix)
+    assert own.generate(scene_picture, QUESTION, past=own.prefix()).text
+
+
+def test_nothing_stands_before_the_picture(own):
+    """A prefix of no tokens: torch's own error."""
+    settings = json.loads(own.tokenizer.to_str())
+    own.tokenizer = Tokenizer.from_str(json.dumps(settings | {"post_processor": None}))  # no BOS
+    own.template = "<image>\n{question} ASSISTANT:"
+    with pytest.raises(HimapError, match="there is no prefix"):
+        own.prefix()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
 import pytest
 from toys import IMAGE_TOKEN, TOKENIZERS, make_tokenizer
 
 from himap_ref import HimapError
 from himap_ref.checkpoint.files import read_tokenizer
-from himap_ref.prompt import TEMPLATES, encode_prompt, find_image_span
+from himap_ref.model import find_image_span
+from himap_ref.prompt import TEMPLATES, encode_prompt
 
 N = 9  # image tokens
 TEMPLATE = TEMPLATES["vicuna_v1"]
@@ -19,8 +23,15 @@ def tokenizer(request):
     return make_tokenizer(*request.param)
 
 
-def encode(tokenizer, question, template=TEMPLATE, has_image=True):
-    return encode_prompt(tokenizer, question, template, tokenizer.token_to_id(IMAGE_TOKEN), N if has_image else 0)
+class Prompt(NamedTuple):
+    ids: list
+    image_span: tuple | None
+
+
+def encode(tokenizer, question, template=TEMPLATE, has_image=True, turn=False):
+    image = tokenizer.token_to_id(IMAGE_TOKEN)
+    ids = encode_prompt(tokenizer, question, template, image, N if has_image else 0, turn)
+    return Prompt(ids, find_image_span(ids, image))
 
 
 def text_of(tokenizer, prompt, skip_special_tokens=False):
@@ -138,6 +149,31 @@ def test_tokenizer_is_left_unchanged(tokenizer):
     assert encode(tokenizer, "What is it?") == before
     assert tokenizer.to_str() == saved
     assert not tokenizer.encode_special_tokens
+
+
+def test_odd_questions_disturb_nobody(tokenizer):
+    """A switch of the shared tokenizer, flipped while one question is spelled out: another thread's plain one fails."""
+    plain = encode(tokenizer, "What is it?")
+    with ThreadPoolExecutor(4) as pool:
+        odd = [pool.submit(encode, tokenizer, f"Is <image> or </s> tag {i}?") for i in range(40)]
+        others = [pool.submit(encode, tokenizer, "What is it?") for _ in range(200)]
+    assert all(other.result() == plain for other in others)
+    assert all(one.result().image_span == plain.image_span for one in odd)
+
+
+@pytest.mark.parametrize("question", ["And to the left?", "Is <image> or </s> a tag?", "<s>"])
+@pytest.mark.parametrize("template, text", [
+    (TEMPLATES["vicuna_v1"], "USER: {question} ASSISTANT:"), (TEMPLATES["shapes"], "USER: {question} ASSISTANT:"),
+    ("[INST] <image>\n{question} [/INST]", "[INST] {question} [/INST]"), ("<image>\n{question}", "{question}"),
+])  # fmt: skip
+def test_later_turn(tokenizer, question, template, text):
+    """A second BOS, the system prompt again, a role left out, or a typed token that ends the turn."""
+    turn = encode(tokenizer, question, template, has_image=False, turn=True)
+    special = [tokenizer.token_to_id(token) for token in ("<s>", "</s>", "<image>")]
+    assert not {*special} & {*turn.ids}
+    assert text_of(tokenizer, turn) == "".join(text.replace("{question}", question).split())
+    if "<" not in question:
+        assert turn.ids == tokenizer.encode(text.replace("{question}", question), add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("question", ["", " ", "\n\t "])

@@ -7,16 +7,12 @@ import torch
 from torch.testing import assert_close
 
 from himap_ref import HIMAP, HIMAP_CAPTION, HimapError, Stage, image_to_image, text_to_image
+from himap_ref.cache import LayerCache
 from himap_ref.methods.schedules import FASTV, parse_stages
 from himap_ref.methods.scores import SCORES, all_to_image, last_to_image, random
 from himap_ref.pruning import LayerView, keep_highest
 
 near = {"rtol": 1e-4, "atol": 5e-5}
-
-
-def queries_in(q):
-    """For a LayerView of one's own: looks rows up in ready-made (B, h, n, c)."""
-    return lambda rows: q.take_along_dim(rows[:, None, :, None], dim=2)
 
 
 # ---------------------------------------------------------------- a slow decoder that hides instead of dropping
@@ -123,8 +119,8 @@ def test_decoding_after_pruning_is_hiding(tiny_decoder, embeddings, kv_heads):
     _, logits, _, _, _ = slow_decoder(decoder, x[0], span, stages, prompt=22)
     out = decoder(x[:, :22], span, stages)
     for step in range(22, 26):
-        got, _ = decoder.decode(x[:, step : step + 1], step, out.cache)
-        assert_close(got[0].double(), logits[step], **near)
+        out = decoder(x[:, step : step + 1], positions=torch.tensor([[step]]), cache=out.cache)
+        assert_close(out.logits[0].double(), logits[step], **near)
 
 
 def test_tied_embeddings(tiny_decoder, embeddings):
@@ -157,7 +153,7 @@ def test_batch_is_one_by_one(tiny_decoder, embeddings):
             assert_close(stage.scores[0], other.scores)
         assert_close(batch.hidden[b], alone.hidden[0], **near)
         assert_close(batch.logits[b], alone.logits[0], **near)
-        assert of_batch.layers == alone.trace.layers
+        assert of_batch.layers == alone.trace.item(0).layers == alone.trace.layers
 
 
 # ---------------------------------------------------------------- scores
@@ -186,14 +182,14 @@ def test_attention_by_row_and_column(tiny_decoder, embeddings):
     decoder, x, span, seen = tiny_decoder(num_key_value_heads=2), embeddings(2, 22), (4, 16), []
 
     def score(view):
-        seen.append((view.attention(view.all, view.all), view.attention(view.text, view.system), view.score_rows))
-        return view.attention(view.last, view.image).sum(1)
+        seen.append((view.maps(view.all).mean(1), view.attention(view.text), view.ranking))
+        return view.attention(view.last).sum(1)
 
     decoder(x, span, (Stage(3, 3, score),))
     ((full, part, rows),) = seen
     for b in range(2):
         assert_close(full[b].double(), slow_decoder(decoder, x[b], span)[-1][2].mean(0), **near)
-    assert_close(part, full[:, 16:, :4])
+    assert_close(part, full[:, 16:, 4:16])
     assert rows == 22 + 6
 
 
@@ -214,7 +210,7 @@ def test_custom_score(tiny_decoder, embeddings):
 
     class Rightmost:
         def __call__(self, view):
-            shapes.append([tuple(t.shape) for t in (view.queries(view.text), view.k, view.positions, view.hidden)])
+            shapes.append([tuple(t.shape) for t in (view.q, view.k, view.v, view.positions, view.hidden)])
             shapes.append([view.system, view.image, view.text])
             return view.positions[:, view.image].float()
 
@@ -222,7 +218,8 @@ def test_custom_score(tiny_decoder, embeddings):
     first, second = decoder(x, (4, 16), stages).trace.stages
     assert second.kept.tolist() == first.kept[:, -2:].tolist()
     assert second.scores.tolist() == (first.kept + 4).tolist()  # of the prompt, not of the cut sequence
-    assert shapes == [[(2, 4, 6, 8), (2, 2, 16, 8), (2, 16), (2, 16, 32)], [slice(0, 4), slice(4, 10), slice(10, 16)]]
+    tensors = [(2, 16, 4, 8), (2, 16, 2, 8), (2, 16, 2, 8), (2, 16), (2, 16, 32)]
+    assert shapes == [tensors, [slice(0, 4), slice(4, 10), slice(10, 16)]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -277,11 +274,10 @@ def test_trace(tiny_decoder, embeddings):
             best = candidates[scores.topk(len(kept)).indices]
             assert kept.tolist() == sorted(best.tolist())
     layers = out.trace.layers
-    assert [layer.kv for layer in layers] == [layer.keys for layer in layers] == [22, 22, 16, 16, 12]
-    assert [layer.q for layer in layers] == [22, 16, 16, 16, 1]  # and need no query, unless it is they who rank
+    assert [layer.entered for layer in layers] == [layer.keys for layer in layers] == [22, 22, 16, 16, 12]
     assert [layer.rows for layer in layers] == [22, 16, 16, 12, 1]  # losers skip the rest of the layer that ranks
-    assert [layer.score_rows for layer in layers] == [0, 6, 0, 6, 0]
-    assert [(cache.k.shape[2], cache.v.shape[2]) for cache in out.cache] == [(n, n) for n in (22, 22, 16, 16, 12)]
+    assert [layer.ranking for layer in layers] == [0, 6, 0, 6, 0]
+    assert [(cache.k.shape[1], cache.v.shape[1]) for cache in out.cache] == [(n, n) for n in (22, 22, 16, 16, 12)]
     assert [layer.rows for layer in decoder(x, (4, 16), stages, all_rows=True).trace.layers] == [22, 16, 16, 12, 12]
 
 
@@ -380,41 +376,10 @@ def test_parse_stages_errors(text):
         parse_stages(text)
 
 
-def test_queries_are_made_once(embeddings):
-    """Queries of other rows than asked for, made twice, or made for image tokens that are dropped unranked."""
-    q, made = embeddings(2, 10, 4)[:, None], []
-
-    def make(rows):
-        made.append(rows.tolist()[0])
-        return queries_in(q)(rows)
-
-    def view():
-        made.clear()
-        return LayerView(make, q, q, torch.arange(10).expand(2, -1), q[:, 0], slice(3, 7))
-
-    places = torch.tensor([[0, 2], [1, 3]])
-    want = torch.stack([q[0, :, [0, 1, 2, 3, 5, 7, 8, 9]], q[1, :, [0, 1, 2, 4, 6, 7, 8, 9]]])
-    for rows, asked in {
-        (7, 10): [[7, 8, 9], [3, 5], [0, 1, 2]],
-        (3, 7): [[3, 4, 5, 6], [0, 1, 2], [7, 8, 9]],
-        (0, 10): [list(range(10))],
-        (9, 10): [[9], [3, 5], [0, 1, 2], [7, 8, 9]],
-    }.items():
-        by = view()
-        for _ in range(2):
-            assert torch.equal(by.queries(slice(*rows)), q[:, :, slice(*rows)])
-        assert torch.equal(by.queries_left(places), want) and torch.equal(by.queries_left(places, 3), want[:, :, 3:])
-        assert made[: len(asked)] == asked and by.q_rows == sum(map(len, made))
-    assert torch.equal(by.queries(slice(-2, None)), q[:, :, -2:]) and by.queries(slice(4, 4)).shape == (2, 1, 0, 4)
-    for rows in (slice(3, 5, 2), slice(8, 6), slice(None, None, -1)):
-        with pytest.raises(HimapError, match="without a step"):
-            by.attention(rows, by.image)
-
-
 def test_view_rows_are_slices_of_the_prompt(embeddings):
     """Text rows that lose their first or last token."""
-    q = embeddings(1, 10, 4)[:, None]
-    view = LayerView(queries_in(q), q, q, torch.arange(10)[None], q[:, 0], slice(3, 7))
+    q, positions = embeddings(1, 10, 4)[:, :, None], torch.arange(10)[None]
+    view = LayerView(q, LayerCache(q, q, positions), q[:, :, 0], positions, slice(3, 7))
     rows = list(range(10))
     assert (rows[view.system], rows[view.image], rows[view.text]) == ([0, 1, 2], [3, 4, 5, 6], [7, 8, 9])
-    assert (rows[view.all], rows[view.last]) == (rows, [9])
+    assert rows[view.all] == rows and view.last.tolist() == [[9]]

@@ -23,7 +23,7 @@ from ..image import ImageProcessor, load_image
 from ..kernels import single_rows
 from ..methods.reducers import ImageReducer
 from ..methods.schedules import parse_stages
-from ..model import LlavaModel, find_image_span
+from ..model import LlavaModel
 from ..prompt import TEMPLATES, encode_prompt, streamer
 from ..pruning import Stages
 from ..sampling import Sampling
@@ -145,7 +145,7 @@ class Llava(LlavaModel):
         encoded, start = [self.encode(question, N, past) for question in questions], past.length if past else 0
         prompts = [self.embed(ids[start:], None if image_embeds is None else image_embeds[b])
                    for b, ids in enumerate(encoded)]  # fmt: skip
-        vision, span = clock(device) - begun, find_image_span(encoded[0], config.image_token_index)
+        vision, span = clock(device) - begun, self.image_span(encoded)
         out = generate(
             decoder, prompts, span if N else None, (self.himap if stages == "himap" else stages) if N else (),
             max_new_tokens, self.eos_token_ids, Sampling(temperature, top_p, seed), reprune,

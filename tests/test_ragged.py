@@ -1,0 +1,222 @@
+"""Batches of unequal prompts: every item is what it would be alone: kept tokens, ids, ends, logits, trace, FLOPs."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from test_flops import counted
+from test_pruning import slow_decoder
+from torch.testing import assert_close
+
+from himap_ref import HimapError, Stage, image_to_image, text_to_image
+from himap_ref.cache import PADDING
+from himap_ref.flops import pass_flops
+from himap_ref.generation import generate
+from himap_ref.methods.scores import SCORES
+from himap_ref.sampling import Sampling
+
+NEAR = {"rtol": 1e-4, "atol": 1e-4}
+D = 32
+
+
+def draw(seed):
+    """A decoder's changes, prompts of unequal lengths with one image span, stages, and how to generate."""
+    r = random.Random(seed)
+    layers, heads = r.randint(1, 6), r.choice([2, 4])
+    changes = {
+        "num_hidden_layers": layers, "num_attention_heads": heads, "attention_bias": r.random() < 0.3,
+        "num_key_value_heads": r.choice([g for g in (1, 2, 4) if heads % g == 0]), "max_position_embeddings": 60,
+    }  # fmt: skip
+    start = r.randint(0, 6)
+    stop = start + r.randint(2, 14)
+    lengths = [stop + r.randint(1, 12) for _ in range(r.randint(2, 5))]
+    at, left, stages = sorted(r.sample(range(1, layers), min(layers - 1, r.choice([0, 1, 2, 2, 3])))), stop - start, []
+    for layer in at:
+        left = r.randint(1, left)
+        stages.append(Stage(layer, left, r.choice([SCORES[name] for name in SCORES])))
+    options = {
+        "max_new_tokens": r.randint(1, 8), "eos_token_ids": r.sample(range(97), 12), "reprune": r.random() < 0.4,
+        "sampling": Sampling(1.5, 0.9, seed) if r.random() < 0.3 else Sampling(),
+    }  # fmt: skip
+    cached = r.randint(1, start) if start and r.random() < 0.5 else 0
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randn(n, D, generator=generator) for n in lengths]
+    for prompt in prompts:
+        prompt[:cached] = prompts[0][:cached]
+    return changes, prompts, (start, stop), stages, options, cached
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_ragged_is_one_by_one(tiny_decoder, seed):
+    """Padding that ranks, is seen, or stands for a prompt's last row; an end, a position or a draw of another item."""
+    changes, prompts, span, stages, options, cached = draw(seed)
+    decoder = tiny_decoder(seed, **changes)
+    if cached:
+        options |= {"cache": decoder(prompts[0][None, :cached]).cache, "start": cached}
+        prompts = [prompt[cached:] for prompt in prompts]
+    batch = generate(decoder, prompts, span, stages, **options)
+    for b, prompt in enumerate(prompts):
+        alone = generate(decoder, [prompt], span, stages, **options)
+        assert (batch.token_ids[b], batch.finish[b]) == (alone.token_ids[0], alone.finish[0])
+        assert_close(batch.first_logits[b], alone.first_logits[0], **NEAR)
+        for step, want in enumerate(trace.item(0) for trace in alone.traces):
+            got = batch.traces[step].item(b)
+            assert got.layers == want.layers == alone.traces[step].layers
+            for ours, theirs in zip(got.stages, want.stages, strict=True):
+                assert ours.kept.tolist() == theirs.kept.tolist()
+                assert ours.candidates.tolist() == theirs.candidates.tolist()
+                assert_close(ours.scores, theirs.scores, **NEAR)
+        for ours, theirs in zip(batch.cache, alone.cache, strict=True):  # where a next turn goes on
+            ours, theirs = ours.item(b), theirs.item(0)
+            assert torch.equal(ours.positions, theirs.positions)
+            assert_close(ours.k, theirs.k, **NEAR)
+            assert_close(ours.v, theirs.v, **NEAR)
+
+
+def test_the_draws_cover_what_they_should():
+    """200 batches that are all alike: no early end, no prefix, no pruning."""
+    drawn = [draw(seed) for seed in range(200)]
+    assert sum(len({*map(len, prompts)}) > 1 for _, prompts, *_ in drawn) > 150
+    assert 40 < sum(options["reprune"] for *_, options, _ in drawn) < 160
+    assert sum(cached > 0 for *_, cached in drawn) > 40 and sum(len(stages) > 1 for _, _, _, stages, *_ in drawn) > 60
+
+
+def test_ends_at_different_steps(tiny_decoder):
+    """A finished prompt that goes on being answered, or that ends the others."""
+    decoder, r = tiny_decoder(), torch.Generator().manual_seed(3)
+    prompts = [torch.randn(n, D, generator=r) for n in (20, 17, 25, 22)]
+    stages, ask = (Stage(2, 5, text_to_image),), partial(generate, decoder, image_span=(4, 14), max_new_tokens=9)
+    free = [ask([prompt], stages=stages).token_ids[0] for prompt in prompts]
+    eos = [free[0][0], free[1][3], free[2][6]]
+    batch = ask(prompts, stages=stages, eos_token_ids=eos)
+    alone = [ask([prompt], stages=stages, eos_token_ids=eos) for prompt in prompts]
+    assert batch.token_ids == [one.token_ids[0] for one in alone] and batch.finish == [one.finish[0] for one in alone]
+    assert len({len(ids) for ids in batch.token_ids}) > 2
+
+
+@pytest.mark.parametrize("reprune", [False, True])
+def test_context_of_each(tiny_decoder, reprune):
+    """The longest prompt's end of the context put on all of them, or a position beyond it."""
+    decoder, r = tiny_decoder(max_position_embeddings=24), torch.Generator().manual_seed(3)
+    prompts = [torch.randn(n, D, generator=r) for n in (24, 22, 17)]
+    out = generate(decoder, prompts, (4, 12), (Stage(2, 5, text_to_image),), 6, reprune=reprune)
+    assert [len(ids) for ids in out.token_ids] == [1, 3, 6] and out.finish == ["context", "context", "length"]
+
+
+def ragged(lengths, seed=0, padding=1.0):
+    """(B, longest, d) whose padding is not zero, and positions."""
+    x = torch.randn(len(lengths), max(lengths), D, generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(max(lengths)).expand(len(lengths), -1)
+    real = positions < torch.tensor(lengths)[:, None]
+    return torch.where(real[..., None], x, padding * 3), positions.masked_fill(~real, PADDING)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_padding_does_not_rank(tiny_decoder, K, score):
+    """Padding among the text rows, the last row or the mean: at K >= 2 it looks at every image token differently."""
+    decoder, lengths, span = tiny_decoder(), (18, 25, 21), (3, 15)
+    stages = (Stage(K, 5, SCORES[score]), Stage(4, 2, SCORES[score]))
+    outs = [decoder(x, span, stages, positions=positions)
+            for x, positions in (ragged(lengths, padding=1.0), ragged(lengths, padding=-2.0))]  # fmt: skip
+    for b, n in enumerate(lengths):
+        x, positions = ragged(lengths)
+        alone = decoder(x[b : b + 1, :n], span, stages)
+        for out in outs:
+            assert_close(out.logits[b], alone.logits[0], **NEAR)
+            for ours, theirs in zip(out.trace.item(b).stages, alone.trace.stages, strict=True):
+                assert ours.kept.tolist() == theirs.kept[0].tolist()
+                assert_close(ours.scores, theirs.scores[0], **NEAR)
+
+
+def test_against_the_slow_decoder(tiny_decoder):
+    """Alone and in a batch wrong in the same way."""
+    decoder, lengths, span = tiny_decoder(num_key_value_heads=2), (18, 25), (3, 15)
+    stages, (x, positions) = (Stage(2, 6, text_to_image), Stage(4, 3, image_to_image)), ragged(lengths)
+    out = decoder(x, span, stages, positions=positions)
+    for b, n in enumerate(lengths):
+        _, logits, kept, _, _ = slow_decoder(decoder, x[b, :n], span, stages)
+        assert [(stage.kept[b] + span[0]).tolist() for stage in out.trace.stages] == kept
+        assert_close(out.logits[b].double(), logits[-1], **NEAR)
+
+
+@pytest.mark.parametrize("reprune", [False, True])
+def test_flops_of_the_batch(tiny_decoder, reprune):
+    """Padding that is computed and not counted; an item's own count with the padding in it."""
+    decoder, r = tiny_decoder(num_key_value_heads=2), torch.Generator().manual_seed(3)
+    prompts = [torch.randn(n, D, generator=r) for n in (20, 17, 25)]
+    stages, options = (Stage(1, 8, text_to_image), Stage(3, 2, image_to_image)), {"reprune": reprune}
+    flops, batch = counted(lambda: generate(decoder, prompts, (4, 16), stages, 5, **options))
+    assert flops == len(prompts) * sum(pass_flops(decoder.config, trace.layers) for trace in batch.traces)
+    for b, prompt in enumerate(prompts):
+        alone, _ = counted(lambda prompt=prompt: generate(decoder, [prompt], (4, 16), stages, 5, **options))
+        own = sum(pass_flops(decoder.config, trace.item(b).layers) for trace in batch.traces)
+        assert alone == own and (own < flops / 3) == (len(prompt) < 25)
+
+
+@pytest.mark.parametrize("positions, message", [
+    ([[0, 1, 2, 3], [-1, 0, 1, 2]], "ascend"),  # padding in front, where every token would see it
+    ([[0, 1, 2, 3], [PADDING, 0, 1, 2]], "ascend"), ([[0, 1, 2, 3], [0, 1, 1, 2]], "ascend"),
+    ([[0, 1, 3, 2], [0, 1, 2, 3]], "ascend"), ([[0, 1, 2, 3]], "position"), ([[0, 1, 2]] * 2, "position"),
+    ([[0, 1, 2, 256], [0, 1, 2, 3]], "context 256"),
+])  # fmt: skip
+def test_positions_are_checked(tiny_decoder, embeddings, positions, message):
+    """Padding at a position that tokens see; tokens out of order, for which a causal mask by rows is another one."""
+    with pytest.raises(HimapError, match=message):
+        tiny_decoder()(embeddings(2, 4), positions=torch.tensor(positions))
+
+
+def test_every_prompt_needs_text(tiny_decoder):
+    """A prompt that ends in its picture, ranked by the padding behind it."""
+    x, positions = ragged((12, 15))
+    with pytest.raises(HimapError, match="no text"):
+        tiny_decoder()(x, (3, 12), (Stage(2, 5, text_to_image),), positions=positions)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_nothing_to_compute(tiny_decoder, shape):
+    """torch's own error for no prompts, or prompts of no tokens."""
+    with pytest.raises(HimapError, match="at least one"):
+        tiny_decoder()(torch.zeros(*shape, D))
+    with pytest.raises(HimapError, match="nothing to go on from"):
+        generate(tiny_decoder(), torch.zeros(*shape, D))
+    with pytest.raises(HimapError, match="nothing to go on from"):
+        generate(tiny_decoder(), [torch.zeros(3, D), torch.zeros(0, D)])
+
+
+# ---------------------------------------------------------------- of a whole model
+
+QUESTIONS = [
+    "What color is the star?", "How many objects are there?", "Is there a red circle?", "What is in the top left?",
+    "Which shape is at the bottom right of this picture, if there is any at all? Answer with one word.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stages", ["himap", "himap-caption", "fastv", "random", "none", "vtw"])
+@pytest.mark.parametrize("options", [{}, {"reprune": True}, {"temperature": 2.0, "seed": 3}], ids=str)
+def test_questions_of_any_lengths(shapes, scene_picture, stages, options):
+    """A list of questions refused, or answered otherwise than one by one, for their lengths."""
+    if stages == "himap-caption":  # its K2 = 15 lies beyond this decoder
+        with pytest.raises(HimapError, match="does not exist"):
+            shapes.generate(scene_picture, QUESTIONS, stages, 6, **options)
+        return
+    batch = shapes.generate(scene_picture, QUESTIONS, stages, 6, **options)
+    assert len({len(answer.prompt_ids) for answer in batch}) > 2
+    executed, B = batch[0].batch_flops, len(batch)
+    for question, got in zip(QUESTIONS, batch, strict=True):
+        want = shapes.generate(scene_picture, question, stages, 6, **options)
+        assert (got.token_ids, got.finish, got.text) == (want.token_ids, want.finish, want.text)
+        assert got.flops == want.flops and want.batch_flops == want.flops.decoder
+        assert [s.kept.tolist() for s in got.trace.stages] == [s.kept.tolist() for s in want.trace.stages]
+        assert_close(got.first_logits, want.first_logits, rtol=0, atol=1e-4)
+    assert executed > sum(answer.flops.decoder for answer in batch) and executed % B == 0
+
+
+def test_one_picture_or_one_each(shapes, scene_picture):
+    """One picture for two questions: a bare error, or characters of its path taken for pictures."""
+    one = shapes.generate(scene_picture, QUESTIONS[:2], "himap", 4)
+    each = shapes.generate([scene_picture] * 2, QUESTIONS[:2], "himap", 4)
+    assert [a.token_ids for a in one] == [a.token_ids for a in each]
+    with pytest.raises(HimapError, match="as many pictures"):
+        shapes.generate([scene_picture], QUESTIONS[:2])
