@@ -31,7 +31,7 @@ STUDIES = {  # all that resume, each with a few questions, and how many more of 
     precision: (["--limit", "3", "--methods", "himap", "--dtype", "bfloat16"], ["--limit", "8"]),
 }
 OTHERWISE = {  # what the same answer may have another time: the rest of a torn batch is another batch
-    "seconds", "peak_bytes", "batch", "decode_steps", "scores", "logits",
+    "seconds", "peak_bytes", "batch", "batch_flops", "decode_steps", "scores", "logits",
 }  # fmt: skip
 CRUMBS = """
 import os, runpy, sys, time

@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from himap_ref import HIMAP, HimapError, Llava, Stage
+from himap_ref.cache import take
 from himap_ref.methods import reducers
 from himap_ref.methods.schedules import Method, parse_method
 from himap_ref.methods.scores import SCORES
@@ -76,7 +77,8 @@ def test_scores_are_fp32(at, dtype, name):
     def spy(view):
         scores, rows = SCORES[name](view), view.maps(view.all).sum(dim=-1)
         assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-5)
-        view.attention = lambda rows, columns: view.maps(rows).double().mean(dim=1)[..., columns]
+        attention = view.maps(view.all).double().mean(dim=1)[..., view.image] * view.real[..., None]
+        view.attention = lambda rows: take(attention, rows)
         assert_close(scores, SCORES[name](view).float(), rtol=1e-5, atol=1e-7)
         seen.append(scores)
         return scores
@@ -155,7 +157,7 @@ def test_nan_costs_only_its_own_question(shapes):
 
     def answers(model):
         return {e.id: got for e, got in ask_each(
-            model, EXAMPLES, 8, lambda *asked: evaluate.answer(model, *asked, sound, 8))}  # fmt: skip
+            EXAMPLES, 8, lambda *asked: evaluate.answer(model, *asked, sound, 8))}  # fmt: skip
 
     before, after = answers(shapes), answers(model)
     hit = {id for id, got in before.items() if bad in got.token_ids}

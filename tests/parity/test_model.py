@@ -10,6 +10,7 @@ from toys import noise
 
 from himap_ref import Llava
 from himap_ref.checkpoint.config import read_config
+from himap_ref.model import find_image_span
 from himap_ref.projector import Projector
 
 from .tiny import edit_config, make_model, make_processor, save
@@ -106,9 +107,10 @@ def test_equals_transformers(case, tmp_path):
     image = noise(*case.size)
     batch = processor(images=image, text=text_of(ours, QUESTION), return_tensors="pt")
 
-    prompt = ours.encode(QUESTION)
-    assert prompt.ids == batch.input_ids[0].tolist()
-    assert prompt.image_span[1] - prompt.image_span[0] == ours.config.num_image_tokens > 1
+    ids = ours.encode(QUESTION)
+    assert ids == batch.input_ids[0].tolist()
+    start, stop = find_image_span(ids, ours.config.image_token_index)
+    assert stop - start == ours.config.num_image_tokens > 1
     pixels = ours.preprocess(image)
     torch.testing.assert_close(pixels, batch.pixel_values, atol=1e-6, rtol=0)
 

@@ -44,8 +44,8 @@ def test_ids_equal(pair, template, question):
     processor, tokenizer, count = pair
     expected = processor(images=noise(28, 28), text=template.replace("{question}", question)).input_ids
     expected = expected[0] if isinstance(expected[0], list) else expected
-    prompt = encode_prompt(tokenizer, question, template, tokenizer.token_to_id(IMAGE_TOKEN), count)
-    assert prompt.ids == list(expected)
+    ids = encode_prompt(tokenizer, question, template, tokenizer.token_to_id(IMAGE_TOKEN), count)
+    assert ids == list(expected)
     assert expected.count(tokenizer.token_to_id(IMAGE_TOKEN)) == count
 
 
