@@ -12,7 +12,7 @@ from test_flops import counted
 
 from himap_ref import HIMAP, LLAVA_1_5_7B, HimapError, Llava
 from himap_ref.checkpoint.config import read_config
-from himap_ref.flops import pass_flops, vanilla_prefill
+from himap_ref.flops import LayerTrace, pass_flops
 from himap_ref.methods.plan import plan_prefill
 from himap_ref.methods.reducers import ClsAttention
 from himap_ref.studies import bench, timing
@@ -102,7 +102,7 @@ def test_prompt(setting):
 def test_paper_order(prefix):
     """What early drop and the last layer's cut save, measured against anything but the whole of every layer."""
     config = LLAVA_1_5_7B.text_config
-    plan = plan_prefill(config, (35, 611), 671, HIMAP, prefix=prefix)
+    plan = plan_prefill(config, (35, 611), 671, HIMAP, cached=prefix)
     layers = [671] * 2 + [383] * 6 + [167] * 24
     whole = sum(2 * three_matrix_layer(n, 4096, 11008) for n in layers) + 2 * 4096 * 32064
     assert pass_flops(config, paper_order(plan)) == whole > pass_flops(config, plan)
@@ -345,8 +345,8 @@ def test_write_and_measure(run, tiny_llava, monkeypatch, tmp_path):
     assert {row["part"] for row in data["rows"]} == {"load", "vision", "prefill", "decode", "answer", "reading"}
     assert (data["setting"]["layers"], data["setting"]["dtype"]) == (2, "bfloat16")
     [flops] = [row["flops"] for row in data["rows"] if (row["part"], row["method"]) == ("prefill", "none")]
-    text = replace(small(tiny_llava).text_config, num_hidden_layers=2)
-    assert flops == pass_flops(text, vanilla_prefill(text, 35 + 16 + 60))
+    text, n = replace(small(tiny_llava).text_config, num_hidden_layers=2), 35 + 16 + 60
+    assert flops == pass_flops(text, [LayerTrace(n, 0, n, n), LayerTrace(n, 0, 1, n)])
     _, data = run("--shape", "7b", "--methods", "cls:4", "cls:4+prefix", "--rounds", 1, "--new-tokens", 1)
     assert {(row["part"], row["method"]) for row in data["rows"]} == {
         ("vision", "none"), ("vision", "cls:4"), ("prefill", "cls:4"), ("prefill", "cls:4+prefix"),

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from test_flops import counted
-from test_pruning import queries_in
 from torch.testing import assert_close
 
 from himap_ref import HIMAP, HimapError, LayerView, Stage, image_to_image
+from himap_ref.cache import LayerCache
 from himap_ref.flops import projector_flops, vision_flops
 from himap_ref.methods.reducers import AveragePool, ClsAttention
 from himap_ref.methods.schedules import METHODS, parse_method, parse_stages
@@ -23,13 +23,14 @@ def pixels():
 
 @pytest.fixture
 def view(embeddings):
-    q, k = embeddings(2, 9, 8, seed=4)[:, None], embeddings(2, 9, 8, seed=5)[:, None]
-    return LayerView(queries_in(q), k, k, torch.arange(9).expand(2, -1), q[:, 0], slice(2, 7))
+    hidden, positions = embeddings(2, 9, 8, seed=4), torch.arange(9).expand(2, -1)
+    q, k = hidden[:, :, None], embeddings(2, 9, 8, seed=5)[:, :, None]  # one head
+    return LayerView(q, LayerCache(k, k, positions), hidden, positions, slice(2, 7))
 
 
 def test_image_mean_counts_the_rows_that_see_a_token(view):
     """Normalising by all image rows, or by text rows too: the bias of the sum would stay."""
-    attention = view.attention(view.all, view.all)
+    attention = view.maps(view.all).mean(dim=1)
     want = torch.stack([
         torch.stack([attention[b, [i for i in range(2, 7) if i >= v], v].mean() for v in range(2, 7)]) for b in range(2)
     ])  # fmt: skip
@@ -37,10 +38,13 @@ def test_image_mean_counts_the_rows_that_see_a_token(view):
     assert not torch.equal(want.argsort(), image_to_image(view).argsort())
 
 
-def test_bias_where_attention_is_flat():
-    """The bias itself: under the sum, flat attention ranks v by its place; under the mean still, if less."""
-    zero = torch.zeros(1, 1, 9, 8)
-    view = LayerView(queries_in(zero), zero, zero, torch.arange(9)[None], zero[:, 0], slice(1, 9))
+@pytest.mark.parametrize("cached", [0, 1])
+def test_bias_where_attention_is_flat(cached):
+    """The bias itself: under the sum, flat attention ranks v by its place; under the mean still, if less. Keys of a
+    cached prefix, which a row sees too, forgotten in the count."""
+    zero, positions = torch.zeros(1, 9, 1, 8), torch.arange(9)[None]
+    rows, cache = zero[:, cached:], LayerCache(zero, zero, positions)
+    view = LayerView(rows, cache, rows[:, :, 0], positions[:, cached:], slice(1 - cached, 9 - cached))
     summed, averaged, relative = (SCORES[f"image_to_image{name}"](view)[0] for name in ("", "_mean", "_relative"))
     harmonic = [sum(1 / (i + 1) for i in range(v, 9)) for v in range(1, 9)]  # row i sees i + 1 keys, 1 / (i + 1) each
     assert_close(summed, torch.tensor(harmonic))
@@ -68,7 +72,8 @@ def test_stage_without_score_drops_the_picture():
 def test_parse_method(tiny_llava):
     """A name bound to another method; the schedule that the weights recommend ignored, or used under another name."""
     model = tiny_llava(text={"num_hidden_layers": 12})
-    model.settings = {"stages": "4:0.5:text_to_image"}
+    assert parse_method("himap", model).stages == HIMAP
+    model.himap = parse_stages("4:0.5:text_to_image")
     assert [stage.layer for stage in parse_method("himap", model).stages] == [4]
     assert parse_method("himap-paper", model).stages == HIMAP
     assert parse_method("random7", model).stages[0].score.keywords == {"seed": 7}
@@ -77,6 +82,16 @@ def test_parse_method(tiny_llava):
     assert parse_method("none", model).stages == ()
     assert parse_method("cls:5", model).tokens_per_layer(model.config) == [5] * 12
     assert parse_method("vtw", model).tokens_per_layer(model.config) == [16] * 5 + [0] * 7
+
+
+@pytest.mark.parametrize("name", ["himap", "himap-paper", "fastv", "none"])
+def test_stages_by_name(shapes, scene_picture, name):
+    """What a folder recommends not read from it; a name that means other stages to the model than to the command."""
+    stages = parse_method(name, shapes).stages
+    assert (stages == HIMAP) is (name == "himap-paper")  # weights/shapes recommends one of its own
+    by_name, by_stages = (shapes.generate(scene_picture, "Why?", given, 1) for given in (name, stages))
+    kept = [[stage.kept.tolist() for stage in answer.trace.stages] for answer in (by_name, by_stages)]
+    assert kept[0] == kept[1] and len(kept[0]) == len(stages)
 
 
 BAD = ["himapp", "", "cls", "cls:", "cls:0", "cls:17", "cls:-1", "pool:5", "pool:2.0", "vtw:3", "random-1"]
@@ -118,7 +133,7 @@ def test_cls_attention_keeps_the_highest_in_order(tiny_llava, pixels):
     attention, every = slow_cls_attention(model, pixels), model.embed_image(pixels)
     for keep in (1, 5, 16):
         kept = attention.topk(keep).indices.sort().values
-        got = ClsAttention(keep).embed_image(model, pixels)
+        got = ClsAttention(keep)(model, pixels)
         assert_close(got, torch.stack([tokens[rows] for tokens, rows in zip(every, kept, strict=True)]))
 
 
@@ -126,11 +141,11 @@ def test_average_pool(tiny_llava, pixels):
     """Tokens averaged across the wrong axis of the grid."""
     model = tiny_llava()
     every = model.embed_image(pixels)  # a grid of 4 x 4
-    pooled = AveragePool(2).embed_image(model, pixels)
+    pooled = AveragePool(2)(model, pixels)
     corners = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert_close(pooled, torch.stack([every[:, corner].mean(dim=1) for corner in corners], dim=1))
-    assert_close(AveragePool(4).embed_image(model, pixels), every)
-    assert AveragePool(3).embed_image(model, pixels).shape == (2, 9, 32)
+    assert_close(AveragePool(4)(model, pixels), every)
+    assert AveragePool(3)(model, pixels).shape == (2, 9, 32)
 
 
 @pytest.mark.parametrize("reducer", [ClsAttention(5), ClsAttention(16), AveragePool(3)], ids=str)
@@ -138,7 +153,7 @@ def test_average_pool(tiny_llava, pixels):
 def test_reducers_count_themselves(tiny_llava, pixels, reducer, changes):
     """FLOPs that a method spends before the decoder and does not own up to."""
     model = tiny_llava(**changes)
-    flops, _ = counted(reducer.embed_image, model, pixels[:1])
+    flops, _ = counted(reducer, model, pixels[:1])
     assert flops == sum(reducer.flops(model.config))
 
 
