@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shutil
@@ -29,6 +30,7 @@ from PIL import Image
 from toys import noise
 
 from himap_ref import HimapError, Llava, LlavaConfig, TextConfig, VisionConfig
+from himap_ref.assistant import llava
 from himap_ref.checkpoint.config import LIMITS
 from himap_ref.checkpoint.files import find_device, find_folder
 from himap_ref.commands.files import check_writable, write_text, write_whole
@@ -259,13 +261,14 @@ ARGUMENTS = [
     (["--method", f"cls:{NINES}"], "method 'cls:999...': expected cls:NUMBER, such as cls:9"),
     (["--method", f"random{NINES}"], "method 'random999...' is unknown: expected ..., cls:TOKENS, pool:SIDE or stages"),
     (["--method", "pool:3"], "pool:3: the picture has 2 x 2 image tokens: a side of 1 to 2"),
-    (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or more"),
-    (["--temperature=-1e999"], "temperature -inf: must be 0 (greedy) or more"),
-    (["--temperature", "nan"], "temperature nan: must be 0 (greedy) or more"),
+    (["--temperature", "-1"], "temperature -1.0: must be 0 (greedy) or more, and finite"),
+    (["--temperature=-1e999"], "temperature -inf: must be 0 (greedy) or more, and finite"),
+    (["--temperature", "1e999"], "temperature inf: must be 0 (greedy) or more, and finite"),
+    (["--temperature", "nan"], "temperature nan: must be 0 (greedy) or more, and finite"),
     (["--top-p", "0"], "top_p 0.0: must be in (0, 1]"),
     (["--top-p", "1e999"], "top_p inf: must be in (0, 1]"),
     (["--top-p", "nan"], "top_p nan: must be in (0, 1]"),
-    (["--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
+    (["--max-new-tokens", "0"], "max_new_tokens 0: must be a whole number of at least 1"),
     (["--seed", str(2**64)], f"seed {2**64}: must be in [0, 2^63)"),
     (["--seed", "-1"], "seed -1: must be in [0, 2^63)"),
     (["--device", ""], "device '': not available for torch.bfloat16 (...)"),
@@ -314,6 +317,7 @@ import torch
 def shape(view): return torch.ones(1, 3)
 def nan(view): return torch.full((1, 4), float("nan"))
 def number(view): return 7
+def complex(view): return torch.ones(1, 4, dtype=torch.complex64)
 def fails(view):
     return 1 / 0
 value = 3
@@ -327,8 +331,9 @@ OWN_SCORES = [
     ("broken:f", "score 'broken:f' cannot be imported (SyntaxError: ...)"),
     ("fails:f", "score 'fails:f' cannot be imported (KeyError: 'x')"),
     ("own:value", "stage score 3: expected a function from LayerView to (B, N) scores"),
-    ("own:fails", "score 'own:fails' failed at own.py, line 7 (ZeroDivisionError: division by zero)"),
-    ("own:shape", "score 'shape' at layer 1 returned [1, 3], not (B, N) = [1, 4]"),
+    ("own:fails", "score 'own:fails' failed at own.py, line 8 (ZeroDivisionError: division by zero)"),
+    ("own:shape", "score 'shape' at layer 1 returned torch.float32 [1, 3], not (B, N) = [1, 4]"),
+    ("own:complex", "score 'complex' at layer 1 returned torch.complex64 [1, 4], not (B, N) = [1, 4]"),
     ("own:number", "score 'number' at layer 1 returned int, not (B, N) = [1, 4]"),
     ("own:nan", "score 'nan' at layer 1 gave NaN or infinite values..."),
     ("own:infinite", "score 'infinite' at layer 1 gave NaN or infinite values..."),
@@ -1029,7 +1034,7 @@ def test_disk_full_for_the_notes(whole):
 
 def test_terminal_that_lacks_a_letter(ask, monkeypatch):
     """A traceback in the middle of an answer, or of a study's table."""
-    monkeypatch.setattr(Llava, "_streamer", lambda self, on_text: lambda token: on_text("\u732b"))
+    monkeypatch.setattr(llava, "streamer", lambda tokenizer, on_text: lambda token: on_text("\u732b"))
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     assert ask()[0] == 0
@@ -1134,19 +1139,23 @@ def test_dtype_that_the_device_lacks():
         find_device("cpu", torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("where", [
-    "model.Llava.embed_image", "checkpoint.load.load_weights", "decoder.LlamaDecoder.forward",
-    "decoder.LlamaDecoder.decode",
+@pytest.mark.parametrize("where, call", [
+    ("model.LlavaModel.embed_image", 1), ("assistant.llava.load_weights", 1), ("decoder.LlamaDecoder.forward", 1),
+    ("decoder.LlamaDecoder.forward", 3),
 ])  # fmt: skip
-def test_ctrl_c(ask, monkeypatch, where):
+def test_ctrl_c(ask, monkeypatch, where, call):
     """In the encoder, while loading, in the prefill and in a later token."""
+    calls, whole = [], pkgutil.resolve_name(f"himap_ref.{where}")
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    def interrupted(*args, **options):
+        calls.append(where)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
 
     monkeypatch.setattr(f"himap_ref.{where}", interrupted)
     status, out, err = ask("--max-new-tokens", 5)
-    assert status == 130 and err == "" and out.count("\n") <= 1
+    assert status == 130 and err == "" and out.count("\n") <= 1 and len(calls) == call
 
 
 @pytest.mark.parametrize("module", ["torch", "torch.nn", "tokenizers", "himap_ref.vision", "himap_ref.image"])
