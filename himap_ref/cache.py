@@ -1,8 +1,7 @@
 """Tokens and their positions: who sees whom, and the keys and values that a layer has seen so far.
 
 Every row bears its position in the whole prompt, and sees the keys at or before it: that one rule is the causal mask,
-whatever was pruned, cached or padded. Shapes: B prompts, n rows, m keys, g key/value heads, c head size.
-"""
+whatever was pruned, cached or padded. Shapes: B prompts, n rows, m keys, g key/value heads, c head size."""
 
 from dataclasses import dataclass, field
 

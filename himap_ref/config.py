@@ -1,8 +1,7 @@
 """Shapes of a LLaVA: plain dataclasses whose fields bear the names of a checkpoint's `config.json`.
 
-The defaults are transformers', not LLaVA-1.5's: llava-hf's files store only what differs from them. What is checked
-here is what the mathematics needs; values from files are checked where they are read (`checkpoint/config.py`).
-"""
+The defaults are transformers', not LLaVA-1.5's: llava-hf's files store only what differs from them. Checked here is
+what the mathematics needs; values from files are checked where they are read (`checkpoint/config.py`)."""
 
 from __future__ import annotations
 

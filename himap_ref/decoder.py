@@ -4,11 +4,10 @@ Differs from a textbook LLaMA:
 - every token bears its position in the whole prompt, so that tokens can leave while the others keep their place: RoPE
   and the mask go by positions, never by 0..n-1;
 - each layer has a key/value cache of its own, whose length depends on what was pruned before it;
-- rows can stop inside a layer, between its keys and its attention: in the layer before a stage the image tokens that
-  lose, in the last layer all rows but each prompt's last. Their keys and values stay, the rest is not computed.
+- rows can stop inside a layer, before its attention: in the layer before a stage the image tokens that lose, in the
+  last layer all rows but each prompt's last. Their keys and values stay, the rest is not computed.
 
-Shapes: B prompts, n tokens, d hidden size, h query heads, g key/value heads, c head size, m keys.
-"""
+Shapes: B prompts, n tokens, d hidden size, h query heads, g key/value heads, c head size, m keys."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,8 +31,8 @@ from .pruning import LayerView, Stages, keep_highest, rows_left, stages_by_layer
 
 def rope(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles at (B, n) positions, each (B, n, 1, c); computed in fp32."""
-    c = config.head_dim
-    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, c, 2, device=positions.device).float() / c)  # (c/2,)
+    channels = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    inv_freq = 1.0 / config.rope_theta ** (channels / config.head_dim)  # (c/2,)
     angles = positions[:, :, None, None].float() * inv_freq  # elementwise: no matrix product
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -107,10 +106,7 @@ class DecoderOutput:
 
 
 class LlamaDecoder(nn.Module):
-    """State-dict names: the checkpoint's, without "model." (`layers.0.self_attn.q_proj.weight`, `lm_head.weight`).
-
-    With tied embeddings there is no `lm_head`.
-    """
+    """State-dict names: the checkpoint's, without "model."; with tied embeddings there is no `lm_head`."""
 
     layers: list[DecoderLayer]  # an nn.ModuleList, whose elements have no type
 
@@ -176,7 +172,8 @@ class LlamaDecoder(nn.Module):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             layer_traces.append(LayerTrace(entered, ranking, x.shape[1], seen.k.shape[1]))
 
-        hidden, padding = self.norm(x), (out_cache[0].positions == PADDING).sum(dim=1)
+        hidden, padded = self.norm(x), out_cache[0].positions == PADDING  # (B, m), the rows that entered last
+        padding = torch.stack((padded[:, -inputs_embeds.shape[1] :].sum(dim=1), padded.sum(dim=1)), dim=1)
         logits = self.logits(take(hidden, last_rows(positions))[:, 0])
         return DecoderOutput(logits, hidden, Trace(stage_traces, layer_traces, padding), out_cache)
 
@@ -196,8 +193,8 @@ class LlamaDecoder(nn.Module):
             return slice(n, n)
         (start, stop), first = image_span, int(positions[0, 0])
         image = slice(start - first, stop - first)
-        places = torch.arange(start, stop, device=x.device)
-        if not 0 <= image.start < image.stop <= n or (positions[:, image] != places).any():
+        inside = 0 <= image.start < image.stop <= n
+        if not inside or (positions[:, image] != torch.arange(start, stop, device=x.device)).any():
             raise HimapError(f"image_span ({start}, {stop}) does not lie within the {n} tokens of the prompt")
         if stage_at and (real.sum(dim=1) <= image.stop).any():
             raise HimapError("no text follows the image: stages need text rows after it to rank by")

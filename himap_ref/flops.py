@@ -4,8 +4,7 @@ So `2 * rows * in * out` for each linear layer (the patch convolution is one), `
 scores and as much for the weighted sum. A causal mask saves nothing: masked products are computed too. Not counted:
 biases, norms, softmax, activations, RoPE, embedding look-ups, sorting; and what a score function of one's own
 multiplies beyond `LayerView.attention`. Equal to torch's FlopCounterMode (math attention backend) to the last FLOP.
-Papers use other definitions: see `studies/literature.py`.
-"""
+Papers use other definitions: see `studies/literature.py`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -43,17 +42,15 @@ class Trace:
 
     stages: list[StageTrace]
     layers: list[LayerTrace] = field(repr=False)
-    padding: Tensor = field(repr=False)  # (B,): how many of each prompt's keys are padding
+    padding: Tensor = field(repr=False)  # (B, 2): how many of each prompt's rows, and of its keys, are padding
 
     def item(self, b: int) -> "Trace":
         """Prompt `b` as it would be alone: tensors one-dimensional, layers without padding."""
         stages = [StageTrace(s.layer, s.score, *(t[b] for t in (s.candidates, s.scores, s.kept, s.ranking)))
                   for s in self.stages]  # fmt: skip
-        ranking, padding = {s.layer - 1: int(s.ranking) for s in stages}, int(self.padding[b])
-        layers = [  # max: where one row of each prompt enters or goes on, no padding does
-            LayerTrace(max(1, x.entered - padding), ranking.get(i, 0), max(1, x.rows - padding), x.keys - padding)
-            for i, x in enumerate(self.layers)
-        ]
+        ranking, (rows, keys) = {s.layer - 1: int(s.ranking) for s in stages}, self.padding[b].tolist()
+        layers = [LayerTrace(x.entered - rows, ranking.get(i, 0), max(1, x.rows - rows), x.keys - keys)
+                  for i, x in enumerate(self.layers)]  # fmt: skip  # max: where only the last row goes on
         return Trace(stages, layers, self.padding[b] * 0)
 
 
@@ -91,5 +88,5 @@ def layer_flops(config: TextConfig, layer: LayerTrace) -> dict[str, int]:
 
 def pass_flops(config: TextConfig, layers: Iterable[LayerTrace]) -> int:
     """All layers of a pass, and the lm_head of its one row."""
-    lm_head = 2 * config.hidden_size * config.vocab_size
-    return sum(sum(layer_flops(config, layer).values()) for layer in layers) + lm_head
+    inner = sum(sum(layer_flops(config, layer).values()) for layer in layers)
+    return inner + 2 * config.hidden_size * config.vocab_size

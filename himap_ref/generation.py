@@ -1,8 +1,7 @@
 """Generation: prefill once, then token by token from the cache; or, with reprune, the whole prompt for every token.
 
-Works on embeddings, so it knows the decoder and nothing of pictures or text. Prompts of a batch may differ in length:
-shorter ones end in padding, which no token sees, and a prompt whose answer has ended goes on as padding.
-"""
+Knows the decoder, and nothing of pictures or text. Prompts of a batch may differ in length: shorter ones end in
+padding, which no token sees, and a prompt whose answer has ended goes on as padding."""
 
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -59,8 +58,8 @@ def generate(
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise HimapError(f"max_new_tokens {max_new_tokens}: must be a whole number of at least 1")
     lengths, device = [start + len(prompt) for prompt in prompts], prompts[0].device
-    # The last token is never fed back, so it needs no position.
-    limits = [min(max_new_tokens, decoder.config.max_position_embeddings - n + 1) for n in lengths]
+    context = decoder.config.max_position_embeddings
+    limits = [min(max_new_tokens, context - n + 1) for n in lengths]  # the last token is never fed back: no position
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     done, traces, begun = [False] * len(prompts), [], clock(device)

@@ -1,7 +1,4 @@
-"""Projector: from the encoder's width to the decoder's (source: `LlavaMultiModalProjector`).
-
-LLaVA-1.5 uses two linear layers with a GELU between them, LLaVA v1 a single linear layer.
-"""
+"""Projector: from the encoder's width to the decoder's (source: `LlavaMultiModalProjector`); one layer in LLaVA v1."""
 
 from torch import Tensor, nn
 

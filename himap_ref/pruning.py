@@ -1,8 +1,7 @@
 """Pruning of image tokens: what a stage is, how tokens are scored, and which are kept.
 
 A *stage* (layer K, keep, score) removes image tokens on the way from layer K-1 into layer K, ranked by what layer K-1's
-attention says. HiMAP (arXiv 2503.13108) is two stages, FastV one, "none" zero (methods/). The loop that applies them is
-`LlamaDecoder.forward` in decoder.py.
+attention says: HiMAP (arXiv 2503.13108) is two stages. `LlamaDecoder.forward` in decoder.py is the loop with them.
 
 Kept tokens stay in order and keep their original positions. With BOS, six image tokens and two text tokens:
 
@@ -18,8 +17,7 @@ Kept tokens stay in order and keep their original positions. With BOS, six image
     kept (of image)             1               5              <- always indices 0..N-1 of the whole picture
 
 Shapes: B prompts, n rows that entered the layer, N image tokens among them, m keys, h query heads, g key/value heads, c
-head size. A is the attention, query rows x key columns: A[i, v] says how much row i attends to image token v.
-"""
+head size. A is the attention, query rows x key columns: A[i, v] says how much row i attends to image token v."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,10 +56,7 @@ class LayerView:
         self.ranking, self.own_ranking = 0, torch.zeros_like(positions[:, 0])
 
     def attention(self, rows: slice | Tensor) -> Tensor:
-        """A[rows, image], (B, r, N): how much each row attends to each image token, mean over heads; 0 from padding.
-
-        rows: a slice, or (B, r) indices.
-        """
+        """A[rows, image], (B, r, N), mean over heads; 0 from padding. rows: a slice, or (B, r) indices."""
         cached = self.k.shape[1] - self.q.shape[1]
         A = self.maps(rows)[..., cached + self.image.start : cached + self.image.stop].mean(dim=1)
         return A * take(self.real, rows)[..., None]
@@ -74,7 +69,7 @@ class LayerView:
 
 
 # ---------------------------------------------------------------- score functions: who attends to whom
-# LayerView -> (B, N), higher is kept. To try a criterion of your own, write one of these.
+Score = Callable[[LayerView], Tensor]  # -> (B, N), higher is kept. To try a criterion of your own, write one of these.
 
 
 def text_to_image(view: LayerView) -> Tensor:
@@ -88,8 +83,6 @@ def image_to_image(view: LayerView) -> Tensor:
 
 
 # ---------------------------------------------------------------- stages
-
-Score = Callable[[LayerView], Tensor]
 
 
 @dataclass(frozen=True)
@@ -127,10 +120,10 @@ class Stage:
         if not isinstance(scores, Tensor) or scores.shape != expected or scores.is_complex():
             got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise HimapError(f"{where} returned {got}, not (B, N) = {list(expected)}")
-        if not scores.isfinite().all():
+        if not (scores := scores.float()).isfinite().all():
             reason = "a fault of its own, damaged weights, or a dtype too narrow for them"
             raise HimapError(f"{where} gave NaN or infinite values: {reason}")
-        return scores.float()
+        return scores
 
     def count(self, entering: int) -> int:
         """How many of `entering` image tokens stay."""

@@ -32,8 +32,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     probs = (logits / max(sampling.temperature, 1e-30)).softmax(dim=-1)  # fp32 has no smaller ones
     ordered, ids = probs.sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: the one that crosses top_p stays
-    if sampling.top_p < 1:  # at 1 rounding must not cut the tail
-        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+    ordered = ordered.where((before < sampling.top_p) | (sampling.top_p == 1), 0.0)  # at 1 rounding must not cut
     return torch.zeros_like(probs).scatter(0, ids, ordered / ordered.sum())
 
 

@@ -3,8 +3,7 @@
 Differs from a textbook ViT: a LayerNorm *before* the first layer (the checkpoint spells it `pre_layrnorm`), QuickGELU,
 and LLaVA takes the features of an inner layer (-2), so later layers and `post_layernorm` are never built.
 
-Shapes: B pictures, S pixels a side, P patches, T = P + 1 tokens (class token first), d hidden size, h heads of size c.
-"""
+Shapes: B pictures, S pixels a side, P patches, T = P + 1 tokens (class token first), d width, h heads of size c."""
 
 from collections.abc import Callable
 
@@ -26,13 +25,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 class Embeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        channels, d, side = config.num_channels, config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(d))
         # A convolution whose stride is its kernel: one matrix product per non-overlapping patch.
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
-        )
+        self.patch_embedding = nn.Conv2d(channels, d, side, stride=side, bias=False)
         # Filled by hand: nn.Embedding's own init on the meta device would import torch's compiler, which takes seconds.
-        positions = torch.zeros(config.num_patches + 1, config.hidden_size)
+        positions = torch.zeros(config.num_patches + 1, d)
         self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -155,6 +155,22 @@ def test_flops_of_the_batch(tiny_decoder, reprune):
         assert alone == own and (own < flops / 3) == (len(prompt) < 25)
 
 
+def test_more_tokens_behind_a_ragged_cache(tiny_decoder):
+    """Padding of the cache taken for padding of the new rows: seen by them, or subtracted from their count."""
+    decoder, lengths, span = tiny_decoder(), (18, 25, 21), (3, 15)
+    x, positions = ragged(lengths)
+    new = torch.randn(3, 4, D, generator=torch.Generator().manual_seed(8))
+    out = decoder(x, span, (Stage(2, 6, text_to_image),), positions=positions)
+    places = torch.tensor(lengths)[:, None] + torch.arange(4)
+    places[0, 3] = PADDING  # and the first prompt has only three
+    out = decoder(new, positions=places, cache=out.cache)
+    for b, (n, size) in enumerate(zip(lengths, (3, 4, 4), strict=True)):
+        alone = decoder(x[b : b + 1, :n], span, (Stage(2, 6, text_to_image),))
+        alone = decoder(new[b : b + 1, :size], positions=torch.arange(n, n + size)[None], cache=alone.cache)
+        assert_close(out.logits[b], alone.logits[0], **NEAR)
+        assert out.trace.item(b).layers == alone.trace.layers
+
+
 @pytest.mark.parametrize("positions, message", [
     ([[0, 1, 2, 3], [-1, 0, 1, 2]], "ascend"),  # padding in front, where every token would see it
     ([[0, 1, 2, 3], [PADDING, 0, 1, 2]], "ascend"), ([[0, 1, 2, 3], [0, 1, 1, 2]], "ascend"),

@@ -148,7 +148,7 @@ class Prompts:
             tokens = (*kv, self.positions)
             cache.append(LayerCache(*(self._without_image(t) for t in tokens) if hides else tokens))
         hidden = self.decoder.norm(state.x)
-        trace = Trace([], [], torch.zeros(len(self.x), dtype=torch.long))
+        trace = Trace([], [], torch.zeros(len(self.x), 2, dtype=torch.long))
         return DecoderOutput(self.decoder.logits(hidden[:, -1]), hidden, trace, cache)
 
     def generate(self, block: Block | None, max_new_tokens: int, eos_token_ids: Sequence[int]) -> Generated:
