@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32, bfloat16 for other --weights")
     add("--reprune", action="store_true", help="no cache, rank anew for every token, as the official code does")
+    add("--chat", action="store_true", help="go on asking, line by line, with the pruned cache kept; Ctrl-D ends")
     add("--compare", action="store_true", help="also run without pruning and set both side by side")
     add("--show", metavar="FILE.png", type=Path, help="write the picture with the patches that each stage kept")
     add("--trace", action="store_true", help="print tokens and FLOPs layer by layer")
@@ -49,6 +50,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # here, so that --help and wrong arguments answer at once: torch comes with it
     from himap_ref.commands import report
+    from himap_ref.commands.chat import chat
     from himap_ref.commands.files import write_whole
     from himap_ref.commands.options import is_embedded, load_model, revision_of
     from himap_ref.commands.picture import draw_kept, looks_drawn
@@ -56,9 +58,11 @@ def main(args: argparse.Namespace) -> None:
     from himap_ref.image import load_image
     from himap_ref.methods.schedules import Method, parse_method, parse_stages
 
-    if (args.image is None) != (args.prompt is None) or args.image is None and not is_embedded(args.weights):
+    if args.chat and (args.compare or args.json or args.reprune or args.show or args.trace):
+        raise HimapError("--chat goes without --compare, --json, --reprune, --show and --trace")
+    if args.image is None and not is_embedded(args.weights) or not args.chat and (not args.image) != (not args.prompt):
         raise HimapError("--image FILE (or none) and --prompt QUESTION: give both, or neither to see the example")
-    image, prompt = EXAMPLE if args.image is None else (args.image, args.prompt)
+    image, prompt = EXAMPLE if args.image is None and not args.chat else (args.image or EXAMPLE[0], args.prompt)
     image = None if image == "none" else load_image(image)
     if args.show and (image is None or args.show.suffix.lower() != ".png" or not args.show.absolute().parent.is_dir()):
         raise HimapError(f"--show {args.show}: needs a picture to draw on, and a .png file in a folder that exists")
@@ -71,11 +75,15 @@ def main(args: argparse.Namespace) -> None:
 
     name = f"random{args.seed}" if args.method == "random" else args.method
     method = parse_method(name, model) if args.stages is None else Method("stages", parse_stages(args.stages))
-    ask: Callable[..., Any] = partial(  # of one question, so that one answer comes back
-        model.generate, image, prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_p=args.top_p, seed=args.seed,
+    generate: Callable[..., Any] = partial(  # one answer to one question
+        model.generate, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
+        seed=args.seed,
     )  # fmt: skip
-    ask_pruned, vanilla = partial(ask, method.stages, reprune=args.reprune, reducer=method.reducer), None
+    if args.chat:
+        chat(model, generate, partial(generate, image, stages=method.stages, reducer=method.reducer), prompt)
+        return
+    ask, vanilla = partial(generate, image, prompt), None
+    ask_pruned = partial(ask, method.stages, reprune=args.reprune, reducer=method.reducer)
     if args.compare:  # warmed up, and nothing printed in between: both sides are timed alike
         ask_pruned(), ask()
         answer, vanilla = ask_pruned(), ask()

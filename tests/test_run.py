@@ -1,6 +1,8 @@
 """run.py as a user meets it, on the embedded model: what goes to which stream, and what the numbers say."""
 
+import io
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -119,6 +121,36 @@ def test_note_of_any_folder(run, tmp_path, palette, said):
     ask = "--weights", folder, "--prompt", "What is it?", "--max-new-tokens", 1, "--image"
     assert ("note: not what it knows\n" in run(*ask, tmp_path / "green.png")[2]) == said
     assert "not what it knows" not in run(*ask, tmp_path / "red.png")[2]
+
+
+def test_chat(run, monkeypatch):
+    """A turn that computes the conversation anew or forgets it, a note among the answers, an end without a word."""
+    typed = "What color is the star?\n\n  How many objects are there?\n" + "is " * 600 + "?\nIs there a circle?\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    status, out, err = run("--chat")
+    assert status == 0 and out.splitlines()[0] == "yellow" and len(out.splitlines()) == 3
+    turns = re.findall(r"\[turn (\d+): (\d+) new tokens of (\d+), answer (\d+), cached", err)
+    told = [[int(number) for number in turn] for turn in turns]
+    assert [turn for turn, *_ in told] == [1, 2, 3] and told[0][1:3] == [101, 101]
+    for (_, _, n, answered), (_, new, total, _) in zip(told, told[1:], strict=False):
+        assert new == total - (n + answered) + 1 < 20  # the answer's last token, and the question
+    assert err.count("note: the prompt has") == 1 and "shorten" in err  # and the conversation went on
+    assert err.endswith("> \n")
+
+
+def test_chat_fills_the_context(run, monkeypatch):
+    """A conversation that ends in an error, or in silence, where the context is full."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What color is the star? Say it.\n" * 50))
+    status, out, err = run("--chat", "--prompt", "How many?", "--image", ROOT / "weights/shapes/example.png")
+    assert status == 0 and 15 < len(out.splitlines()) < 30 and "Traceback" not in err
+    assert err.splitlines()[-1].endswith("it fills the model's context of 512 tokens")
+
+
+@pytest.mark.parametrize("other", ["--json", "--compare", "--reprune", "--trace"])
+def test_chat_goes_alone(run, other):
+    """An option that is passed over."""
+    status, out, err = run("--chat", other)
+    assert (status, out) == (2, "") and err.startswith("error: --chat goes without")
 
 
 @pytest.mark.parametrize(
