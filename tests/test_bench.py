@@ -16,10 +16,21 @@ from himap_ref.flops import LayerTrace, pass_flops
 from himap_ref.methods.plan import plan_prefill
 from himap_ref.methods.reducers import ClsAttention
 from himap_ref.studies import bench, timing
-from himap_ref.studies.bench import Setting, compared, figures, our_answer, our_vision, paper_order, readers
+from himap_ref.studies.bench import (
+    Setting,
+    compared,
+    figures,
+    our_answer,
+    our_vision,
+    paper_order,
+    readers,
+    tables,
+    told_cores,
+)
 from himap_ref.studies.literature import three_matrix_layer
+from himap_ref.studies.precision import threads
 from himap_ref.studies.random_weights import random_model, write
-from himap_ref.studies.timing import Contestant, Sample, Stopwatch, replay, take_turns, typical
+from himap_ref.studies.timing import Contestant, Sample, Stopwatch, cores_had, replay, take_turns, typical
 
 CPU = torch.device("cpu")
 TWO = "1:0.5:text_to_image,3:0.25:image_to_image"
@@ -418,3 +429,26 @@ def test_peers_without_transformers(setting, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(HimapError, match="himap-ref.parity."):
         bench.transformers_contestants(setting)
+
+
+def test_cores_that_the_threads_lack(capsys):
+    """Hours of figures from one of two cores, told like any others."""
+    assert told_cores(2, 1.99) == {"cores had": "1.99 of 2"} and capsys.readouterr().err == ""
+    (told,) = told_cores(2, 1.0).items()
+    assert told == ("NOT THIS MACHINE'S SPEED", "2 threads had 1.00 cores")
+    assert "warning: 2 threads get 1.00 cores" in capsys.readouterr().err
+
+
+def test_cores_are_measured():
+    """A figure that does not follow from the cores: here of one thread, which has one, if it has the time."""
+    with threads(1):
+        assert 0 < cores_had(0.1) < 1.05
+
+
+def test_tables_of_disturbed_samples():
+    """A table whose samples were all disturbed, printed like any other."""
+    row = {"method": "none", "seconds": 1.0, "spread": 0.1, "samples": [(1, 2)] * 3}
+    calm, mixed = ({**row, "part": part, "disturbed": n} for part, n in (("prefill", 0), ("vision", 2)))
+    every = {**row, "part": "decode", "disturbed": 3}
+    assert "no table" not in tables([calm, mixed]) and "no table: in no sample" in tables([every])
+    assert tables([calm, mixed, every]).count("| none |") == 2

@@ -6,7 +6,9 @@
     python -m himap_ref.studies.bench --start                           run.py against `import torch`
 
 What is timed is what users run: `Llava.embed_image`, `generation.generate`, `Llava.from_pretrained`. All take turns;
-figures are medians, ± half the range (timing.py). On a CPU, set OMP_PROC_BIND=true and let nothing else run.
+figures are medians, ± half the range (timing.py). On a CPU let nothing else run. OMP_PROC_BIND=true may steady the
+figures or, where later threads inherit the first one's core, halve them: cores that the threads did not get are told
+first, and a table without a calm sample is not printed.
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ from ..config import LLAVA_1_5_7B, LLAVA_1_5_13B, LlavaConfig
 from ..errors import HimapError
 from ..flops import LayerTrace, pass_flops, projector_flops, vision_flops
 from ..generation import generate
+from ..kernels import single_rows
 from ..methods.reducers import ImageReducer
 from ..methods.schedules import parse_method
 from .random_weights import random_model, write
-from .timing import Contestant, Mark, note_products, take_turns
+from .timing import CALM, Contestant, Mark, cores_had, note_products, take_turns
 
 SHAPES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B}
 METHODS = ("none", "himap", "himap+prefix", "himap+reprune", "fastv")
@@ -330,10 +333,13 @@ def compared(rows: list[dict]) -> list[dict]:
 
 
 def tables(rows: list[dict]) -> str:
-    """A table for each part."""
+    """A table for each part that had at least one calm sample."""
     shown = []
     for part, title in PARTS.items():
-        if own := [row for row in rows if row["part"] == part]:
+        own = [row for row in rows if row["part"] == part]
+        if own and all(row["disturbed"] == len(row["samples"]) for row in own):
+            shown.append(f"{title}\n\nno table: in no sample did all threads work all the time (--json has them)")
+        elif own:
             columns = [key for key in COLUMNS if any(row.get(key) for row in own)]
             lines = [[COLUMNS[key][1](row[key]) if key in row else "" for key in columns] for row in own]
             shown.append(f"{title}\n\n" + markdown([COLUMNS[key][0] for key in columns], lines))
@@ -347,7 +353,9 @@ def build(args: argparse.Namespace) -> tuple[Llava, list[Contestant]]:
     """The model, and the loading of it where it is loaded."""
     device, dtype = find_device(args.device), getattr(torch, args.dtype)
     if args.shape in SHAPES:
-        return random_model(shallow(SHAPES[args.shape], args.layers), dtype, device), []
+        model = random_model(shallow(SHAPES[args.shape], args.layers), dtype, device)
+        single_rows(model.language_model)  # as `Llava.from_pretrained` does
+        return model, []
     folder = EMBEDDED if args.shape == "embedded" else find_folder(args.shape)
     load, loaded = loading(folder, dtype, device)
     take_turns([load], args.rounds, device)
@@ -380,6 +388,15 @@ def start(args: argparse.Namespace) -> tuple[list[dict], dict]:
     return figures(contestants), {"torch": torch.__version__, "rounds": args.rounds}
 
 
+def told_cores(threads: int, had: float) -> dict[str, str]:
+    """What stands at the top of the figures; a warning before hours of measuring where threads lack their cores."""
+    if had < CALM * threads:
+        print(f"warning: {threads} threads get {had:.2f} cores: these figures will not be this machine's; "
+              "stop what else runs, or try without OMP_PROC_BIND", file=sys.stderr)  # fmt: skip
+        return {"NOT THIS MACHINE'S SPEED": f"{threads} threads had {had:.2f} cores"}
+    return {"cores had": f"{had:.2f} of {threads}"}
+
+
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> tuple[list[dict], dict]:
     """-> rows, and the setting they hold for."""
@@ -397,8 +414,10 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], dict]:
         runs += transformers_contestants(setting)
     runs += readers(setting)
     with_bare = [contestant for run in runs for contestant in (run, run.bare) if contestant]
+    cores = told_cores(setting.threads, cores_had()) if setting.threads else {}
     take_turns(with_bare, args.rounds, weight.device)
     return figures([*loads, *runs]), {
+        **cores,
         "shape": str(args.shape), "layers": config.text_config.num_hidden_layers, "dtype": args.dtype,
         "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type,
         "threads": setting.threads, "bound": os.environ.get("OMP_PROC_BIND", "no"), "torch": torch.__version__,

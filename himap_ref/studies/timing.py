@@ -73,6 +73,14 @@ def typical(samples: Sequence[Sample], threads: int | None, times: int = 1) -> d
     }
 
 
+def cores_had(seconds: float = 0.5) -> float:
+    """CPU seconds a second that torch's threads get while all of them have work: of N threads, nearly N."""
+    x, begun = torch.ones(1024, 1024), (time.perf_counter(), time.process_time())
+    while time.perf_counter() - begun[0] < seconds:
+        x @ x
+    return (time.process_time() - begun[1]) / (time.perf_counter() - begun[0])
+
+
 def peak(device: torch.device, reset: bool = False) -> int:
     """Bytes held at most since the last reset: on the GPU, or resident. Main memory's peak resets on Linux alone."""
     if device.type == "cuda":
