@@ -10,9 +10,11 @@ from statistics import mean
 
 import pytest
 import torch
+from test_flops import counted
 from toys import make_tokenizer
 
 from himap_ref import LLAVA_1_5_7B, HimapError, Llava
+from himap_ref.flops import projector_flops, vision_flops
 from himap_ref.methods.schedules import Method, parse_method
 from himap_ref.studies import bias, evaluate, sweep
 from himap_ref.studies.asking import ask_each
@@ -26,6 +28,7 @@ SCENES = [
     for seed in range(TEST, TEST + 4)
 ]
 COLOR = Example("color", "What color is the circle?", ("?",), "color", SCENES[0].source)
+LONG = Example("long", "How many objects are there beside the red circle?", ("?",), "count", SCENES[1].source)
 
 
 def evaluation(model, examples, batch=1):
@@ -55,6 +58,7 @@ def test_row(shapes, tmp_path):
         assert row["correct"] == (answer.text in example.answers) and row["kept"] == [81, 40, 10]
         assert row["kept_tokens"] == [stage.kept.tolist() for stage in answer.trace.stages]
         assert row["flops"] == {"total": answer.flops.total, "decoder": answer.flops.decoder}
+        assert row["batch_flops"] == answer.flops.decoder
         vanilla = answer.flops.vanilla
         assert row["vanilla_flops"] == {"total": vanilla.total, "decoder": vanilla.decoder}
         assert (row["prompt_tokens"], row["new_tokens"]) == (len(answer.prompt_ids), len(answer.token_ids))
@@ -62,14 +66,27 @@ def test_row(shapes, tmp_path):
 
 
 def test_batches_answer_alike(shapes):
-    """A batch that mixes up its questions, or leaves the last ones out."""
-    examples = [*SCENES, COLOR]
+    """A batch that mixes up its questions, of unequal lengths among them, or leaves the last ones out."""
+    examples = [*SCENES, COLOR, LONG]
+    assert len({len(shapes.encode(example.question)) for example in examples[3:]}) > 1
 
     def ask(*asked):
         return answer(shapes, *asked, Method("none"), 8)
 
     alone, together = ({e.id: a.token_ids for e, a in ask_each(examples, size, ask)} for size in (1, 3))
     assert alone == together and set(alone) == {e.id for e in examples}
+
+
+def test_a_batch_costs_more(shapes, tmp_path):
+    """Padding and waiting for the longest answer left out of the FLOPs, or counted for each of the batch's answers."""
+    examples, config = [SCENES[0], LONG, *SCENES[1:]], shapes.config
+    for batch in (1, 3):
+        ask = evaluation(shapes, examples, batch).run
+        flops, (summary, rows) = counted(ask, parse_method("himap", shapes), tmp_path / f"{batch}.jsonl")
+        alone = sum(row["flops"]["decoder"] for row in rows.values())
+        executed = flops - len(examples) * (vision_flops(config) + projector_flops(config))
+        assert summary["executed"] == pytest.approx(executed / alone, rel=1e-12)
+        assert (executed > alone) is ("more: padding" in evaluate.table(summary)) is (batch > 1)
 
 
 def test_errors_are_counted(shapes, tmp_path):
