@@ -328,7 +328,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-diagonal", action="store_true", help="an image token still sees itself (official: it does not)")
     add("--seed", type=int, default=0, help="of the random rows")
     add("--max-new-tokens", type=int, default=8)
-    add("--batch", type=int, default=16, help="questions at a time, of equally long prompts; fewer need less memory")
+    add("--batch", type=int, default=16, help="questions at a time; fewer need less memory")
     add("--out", type=Path, default=Path("runs/disruption"), help="a file, or a folder for one")
     add("--plot", type=Path, help="a picture of the curves; needs matplotlib")
 

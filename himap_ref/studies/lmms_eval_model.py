@@ -13,7 +13,7 @@ import os
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from ..assistant import Answer
 from ..commands.options import EMBEDDED, load_model
 from ..errors import HimapError
 from ..methods.schedules import parse_method
@@ -117,12 +118,7 @@ class HimapRef(lmms):
         start, tokens, flops, vanilla = time.perf_counter(), 0, Counter[str](), Counter[str]()
         with tqdm(total=len(requests), unit="question", disable=self.rank != 0) as progress:
             for places, pictures, questions, sampling in self._batches(requests):
-                try:
-                    answers: Any = self.model.generate(  # a list, as the questions are one
-                        pictures, questions, self.method.stages, reducer=self.method.reducer, **sampling._asdict()
-                    )
-                except HimapError as error:
-                    raise HimapError(f"{_name(requests[places[0]])}: {error}") from None
+                answers = self._ask([requests[place] for place in places], pictures, questions, sampling)
                 for place, answer in zip(places, answers, strict=True):
                     _, options, _, _, task, _ = requests[place].args
                     counts = TokenCounts(len(answer.prompt_ids), len(answer.token_ids))
@@ -134,6 +130,21 @@ class HimapRef(lmms):
         seconds, ratios = time.perf_counter() - start, {f"flops_ratio_{t}": flops[t] / vanilla[t] for t in flops}
         log_metrics(seconds, tokens, tokens / seconds, ratios)
         return results
+
+    def _ask(
+        self, requests: Sequence[Instance], pictures: Sequence, questions: Sequence[str], sampling: Sampling
+    ) -> list[Answer]:
+        """A batch that fails is asked again one by one, so that the error names the question it belongs to."""
+        try:
+            answers: Any = self.model.generate(  # a list, as the questions are one
+                pictures, questions, self.method.stages, reducer=self.method.reducer, **sampling._asdict()
+            )
+            return answers
+        except HimapError as error:
+            if len(requests) == 1:
+                raise HimapError(f"{_name(requests[0])}: {error}") from None
+        each = zip(requests, pictures, questions, strict=True)
+        return [answer for r, p, q in each for answer in self._ask([r], [p], [q], sampling)]
 
     def _batches(
         self, requests: list[Instance]

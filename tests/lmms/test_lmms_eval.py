@@ -138,6 +138,13 @@ def test_what_it_cannot_ask(plugin, asked, message):
         ask(plugin, asked)
 
 
+def test_the_question_at_fault_is_named(plugin):
+    """An error told of the first question of its batch, which was sound: prompts of any lengths share a batch."""
+    asked = [(0, "How many objects are there?", {}), (1, "many objects " * 400, {}), (2, "Where is the star?", {})]
+    with pytest.raises(HimapError, match="task task, document 1: the prompt has .* the model's context"):
+        ask(plugin, *asked)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"dtype": "half"}, {"batch_size": "auto"}, {"batch_size": 0}, {"method": "mine"}, {"weights": "mine"}]
 )
