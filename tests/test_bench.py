@@ -54,13 +54,18 @@ def setting(tiny_llava):
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_flops(setting, name):
-    """Speeds worked out from FLOPs of another run, of one prompt of the batch, or of other steps."""
+    """Speeds worked out from FLOPs of another run, of one prompt of the batch, or of other steps; +prefix or +reprune
+    that does nothing."""
     contestant = our_answer(setting, name)
     flops, out = counted(contestant.play, ignore)
     assert flops == contestant.flops["answer"] == contestant.flops["prefill"] + contestant.flops["decode"]
     assert len(out.token_ids) == 2 and all(len(ids) == 3 for ids in out.token_ids)
     prefill = out.traces[0].layers
     assert contestant.flops["prefill"] == 2 * pass_flops(setting.model.config.text_config, prefill)
+    image = {"cls:5": 5, "pool:2": 4}.get(name, 16)
+    n = image + 7 + (0 if "+prefix" in name else 35)
+    entered = [n, n + 1, n + 2] if "+reprune" in name else [n, 1, 1]
+    assert [trace.layers[0].entered for trace in out.traces] == entered
 
 
 @torch.no_grad()
