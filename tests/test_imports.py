@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 MAY = {  # room: the rooms that it may import from, beside itself
     "": set(), "checkpoint": {""}, "methods": {""}, "kernels": {""},
     "assistant": {"", "checkpoint", "methods", "kernels"}, "commands": {"", "checkpoint", "methods", "assistant"},
-    "studies": {"", "checkpoint", "methods", "assistant", "commands"},
+    "studies": {"", "checkpoint", "methods", "kernels", "assistant", "commands"},
 }  # fmt: skip
 FILES = sorted(path.relative_to(ROOT / "himap_ref") for path in (ROOT / "himap_ref").rglob("*.py"))
 
