@@ -60,7 +60,8 @@ def main(args: argparse.Namespace) -> None:
 
     if args.chat and (args.compare or args.json or args.reprune or args.show or args.trace):
         raise HimapError("--chat goes without --compare, --json, --reprune, --show and --trace")
-    if args.image is None and not is_embedded(args.weights) or not args.chat and (not args.image) != (not args.prompt):
+    alone = (args.image is None) != (args.prompt is None) and not args.chat
+    if alone or args.image is None and not is_embedded(args.weights):
         raise HimapError("--image FILE (or none) and --prompt QUESTION: give both, or neither to see the example")
     image, prompt = EXAMPLE if args.image is None and not args.chat else (args.image or EXAMPLE[0], args.prompt)
     image = None if image == "none" else load_image(image)

@@ -134,11 +134,10 @@ class LlamaDecoder(nn.Module):
         """Some tokens through all layers: a whole prompt, a part of one, a new turn, or one generated token.
 
         inputs_embeds: (B, n, d), image tokens in place. image_span: positions [start, stop) of the image tokens if they
-        are among these tokens, the same for all prompts. stages: prune them, ranked by the rows that are given.
-        all_rows: compute the last layer for every row that is left, not only for each prompt's last one.
-        positions: (B, n) in the whole prompt, ascending, PADDING behind a shorter prompt; default, without a cache:
-        0..n-1. cache: of the tokens before these (B of 1: shared by all prompts); it stays as it is.
-        Raises HimapError for tokens, positions or stages that do not fit the decoder or each other.
+        are among these, the same for all prompts. stages: prune them, ranked by the rows that are given. all_rows: the
+        last layer for every row that is left, not only for each prompt's last. positions: (B, n) in the whole prompt,
+        ascending, PADDING behind a shorter one; without a cache 0..n-1. cache: of the tokens before these (B = 1: shared
+        by all prompts); it stays as it is. Raises HimapError for what does not fit the decoder or each other.
         """
         x, stage_at = inputs_embeds, stages_by_layer(stages, len(self.layers))
         if positions is None:  # behind a cache the caller must know them

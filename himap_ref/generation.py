@@ -87,9 +87,10 @@ def generate(
             prefilled = clock(device)
         if all(done):
             break
-        after = [PADDING if end else n + len(traces) - 1 for n, end in zip(lengths, done, strict=True)]
-        positions = torch.tensor(after, device=device)[:, None]
-        out = run_prompts() if reprune else decoder(tokens[:, None], positions=positions, cache=out.cache)
+        ended = torch.tensor(done, device=device)[:, None]  # they go on as padding
+        positions = torch.tensor(lengths, device=device)[:, None].add(len(traces) - 1).masked_fill(ended, PADDING)
+        tokens = tokens.masked_fill(ended, 0.0)[:, None]
+        out = run_prompts() if reprune else decoder(tokens, positions=positions, cache=out.cache)
     seconds = {"prefill": prefilled - begun, "decode": clock(device) - prefilled}
     cut = ["length" if limit == max_new_tokens else "context" for limit in limits]
     finish = ["eos" if ids[-1] in eos else reason for ids, reason in zip(answers, cut, strict=True)]

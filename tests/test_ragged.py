@@ -1,7 +1,9 @@
 """Batches of unequal prompts: every item is what it would be alone: kept tokens, ids, ends, logits, trace, FLOPs."""
 
 import random
+from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_flops import counted
 from test_pruning import slow_decoder
 from torch.testing import assert_close
 
-from himap_ref import HimapError, Stage, image_to_image, text_to_image
+from himap_ref import HimapError, Llava, Stage, image_to_image, text_to_image
 from himap_ref.cache import PADDING
 from himap_ref.flops import pass_flops
 from himap_ref.generation import generate
@@ -18,6 +20,7 @@ from himap_ref.sampling import Sampling
 
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 D = 32
+WEIGHTS = Path(__file__).parents[1] / "weights" / "shapes"
 
 
 def draw(seed):
@@ -236,3 +239,23 @@ def test_one_picture_or_one_each(shapes, scene_picture):
     assert [a.token_ids for a in one] == [a.token_ids for a in each]
     with pytest.raises(HimapError, match="as many pictures"):
         shapes.generate([scene_picture], QUESTIONS[:2])
+
+
+def test_nan_of_an_ended_answer(shapes, scene_picture):
+    """A batch that fails where each of its prompts alone does not: an ended answer's last token is never looked up."""
+    model = deepcopy(shapes)
+    free = [model.generate(scene_picture, question, "himap", 6) for question in QUESTIONS]
+    rest = [i for answer in free for i in (*answer.prompt_ids, *answer.token_ids[:-1])]
+    last = next(answer.token_ids[-1] for answer in free if answer.token_ids[-1] not in rest)
+    model.language_model.embed_tokens.weight[last] = float("nan")
+    for options in ({}, {"reprune": True}):
+        batch = model.generate(scene_picture, QUESTIONS, "himap", 6, **options)
+        assert [answer.token_ids for answer in batch] == [answer.token_ids for answer in free]
+
+
+def test_loaded_in_inference_mode(scene_picture):
+    """Weights without a version counter, by which a prefix is recognised: torch's own error."""
+    with torch.inference_mode():
+        model = Llava.from_pretrained(WEIGHTS)
+        prefix = model.prefix()
+        assert model.generate(scene_picture, QUESTIONS[0], "himap", past=prefix).text == "yellow"

@@ -96,7 +96,8 @@ class Llava(LlavaModel):
 
     def fingerprint(self) -> list:
         """By which a `Past` knows the decoder that computed it: another after any change of weight, dtype or device."""
-        return [(p.data_ptr(), p._version, p.dtype, p.device) for p in self.language_model.parameters()]
+        weights = [*self.language_model.parameters()]  # those loaded in inference mode have no version
+        return [(p.data_ptr(), p.is_inference() or p._version, p.dtype, p.device) for p in weights]
 
     @torch.no_grad()
     def prefix(self) -> Past:
