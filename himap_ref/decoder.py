@@ -136,7 +136,7 @@ class LlamaDecoder(nn.Module):
         inputs_embeds: (B, n, d), image tokens in place. image_span: positions [start, stop) of the image tokens if they
         are among these, the same for all prompts. stages: prune them, ranked by the rows that are given. all_rows: the
         last layer for every row that is left, not only for each prompt's last. positions: (B, n) in the whole prompt,
-        ascending, PADDING behind a shorter one; without a cache 0..n-1. cache: of the tokens before these (B = 1: shared
+        ascending, PADDING behind a shorter one; without a cache 0..n-1. cache: of all tokens before (B = 1: shared
         by all prompts); it stays as it is. Raises HimapError for what does not fit the decoder or each other.
         """
         x, stage_at = inputs_embeds, stages_by_layer(stages, len(self.layers))

@@ -150,8 +150,8 @@ def test_himap_is_what_the_weights_recommend(shapes, scene_picture):
     """The paper's schedule under the name that run.py gives to the recommended one."""
     answer = shapes.generate(scene_picture, "What is it?", "himap", 1)
     out = shapes(torch.tensor([answer.prompt_ids]), shapes.preprocess(scene_picture), "himap")
-    for out in (answer, out):
-        assert [(stage.layer, stage.score) for stage in out.trace.stages] == [
+    for got in (answer, out):
+        assert [(stage.layer, stage.score) for stage in got.trace.stages] == [
             (4, "text_to_image"), (8, "image_to_image")
         ]  # fmt: skip
 
