@@ -925,6 +925,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # whatever the environment says
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's retries
     yield Hub
     Hub.fault = ""
@@ -956,6 +957,7 @@ def test_hub(ask, hub, fault, reason):
 
 def test_hub_unreachable(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     refused("weights 'owner/name': cannot be downloaded (...)", "--weights", "owner/name")
 
