@@ -13,11 +13,13 @@ LINKS = {  # link text: what stands in the line that it points to
     "The loop": "for i, layer in enumerate(self.layers)",
     "score": "stage.evaluate(view)",
     "keep the highest": "def keep_highest",
-    "gather": "take_along_dim",
+    "stop here": "take(t, going)",
     "this example": "tokens            bos",
-    "from the cache": "def decode",
+    "one rule": "def causal_mask",
+    "layer's cache": "class LayerCache",
     "`LayerView`": "class LayerView",
     "`ImageReducer`": "class ImageReducer",
+    "`LlamaDecoder.forward`": "    def forward(",
 }
 
 
@@ -37,12 +39,24 @@ def test_links_into_the_code(text, expected):
     assert expected in (ROOT / path).read_text().splitlines()[int(line) - 1]
 
 
+def test_reading_path():
+    """A reading path that is longer than it is said to be, or too long to be read."""
+    path = [f for f in (ROOT / "himap_ref").glob("[!_]*.py") if f.name not in ("image.py", "prompt.py")]
+    lines = {f.name: len(f.read_text().splitlines()) for f in path}
+    assert sum(lines.values()) <= 950 and max(lines.values()) <= 220 and "eleven files, 950 lines" in README
+    loop = (ROOT / "himap_ref/decoder.py").read_text().split("for i, layer in enumerate(self.layers):")[1]
+    assert len(loop.split("hidden, padded")[0].splitlines()) <= 45
+
+
 def test_python_example():
     """An example in the README that does not run as written."""
     code = re.search(r"```python\n(import torch.*?)```", README, re.DOTALL)[1]
-    printed = []
-    exec(code, {"print": lambda *values: printed.append(values)})
+    more = re.search(r"```python\n(again =.*?)```", README, re.DOTALL)[1]
+    printed, scope = [], {"print": lambda *values: printed.append(values)}
+    exec(code, scope)
     assert printed[0][0] == "yellow" and len(printed[0][1]) == 10 and 0 < printed[0][2] < 1
+    exec(more, scope)
+    assert len(scope["again"].traces[0].layers) == 12 and scope["again"].trace.stages == []
 
 
 def test_own_criterion():
