@@ -29,27 +29,27 @@ def take(t: Tensor, rows: slice | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """All tokens that ever entered a layer: k and v (B, m, g, c), k rotated, and their positions (B, m). A value."""
+    """All tokens that ever entered a layer: k and v (B, m, g, c), k rotated, and their positions (B, m)."""
 
     k: Tensor
     v: Tensor
     positions: Tensor
-    buffers: tuple[Tensor, ...] = ()  # k and v are the beginnings of these, which have room for later tokens
-    used: list[int] = field(default_factory=lambda: [0])  # tokens in the buffers, whoever added the last ones
+    room: list | None = field(default=None, init=False)  # buffers that k and v begin, and how far they are filled
 
     def then(self, k: Tensor, v: Tensor, positions: Tensor) -> "LayerCache":
         """With further tokens. This one stays as it is, for others to go on from, too; with B = 1, for any B."""
-        m, stop, buffers, used = self.k.shape[1], self.k.shape[1] + k.shape[1], self.buffers, self.used
-        if used[0] == m and stop <= buffers[0].shape[1] and len(buffers[0]) == len(k) and not torch.is_grad_enabled():
-            buffers[0][:, m:stop], buffers[1][:, m:stop] = k, v  # nobody else has gone on from here
-        else:
-            used, room = [0], k.new_empty(len(k), ROOM, *k.shape[2:])
-            pieces = ((old.expand(len(k), -1, -1, -1), new, room) for old, new in ((self.k, k), (self.v, v)))
-            # Memory in SDPA's own order (B, g, m, c), in which a single row attends faster.
-            buffers = tuple(torch.cat([t.transpose(1, 2) for t in three], dim=2).transpose(1, 2) for three in pieces)
-        used[0] = stop
+        m, stop, room = self.k.shape[1], self.k.shape[1] + k.shape[1], self.room
+        if room and room[2] == m and room[0][:, m:stop].shape == k.shape and not torch.is_grad_enabled():
+            room[0][:, m:stop], room[1][:, m:stop] = k, v  # nobody else has gone on from here
+        else:  # memory in SDPA's own order (B, g, m, c), in which a single row attends faster
+            free = k.new_empty(len(k), ROOM, *k.shape[2:])
+            pieces = ((old.expand(len(k), -1, -1, -1), new, free) for old, new in ((self.k, k), (self.v, v)))
+            room = [torch.cat([t.transpose(1, 2) for t in three], dim=2).transpose(1, 2) for three in pieces] + [stop]
+        room[2] = stop
         positions = torch.cat((self.positions.expand(len(k), -1), positions), dim=1)
-        return LayerCache(buffers[0][:, :stop], buffers[1][:, :stop], positions, buffers, used)
+        longer = LayerCache(room[0][:, :stop], room[1][:, :stop], positions)
+        longer.__dict__["room"] = room
+        return longer
 
     def item(self, b: int) -> "LayerCache":
         """Prompt `b`'s alone, without padding."""

@@ -1,11 +1,11 @@
 """LLaMA decoder with pruning written into its layer loop (source: `LlamaForCausalLM`; names are its checkpoint's).
 
 Differs from a textbook LLaMA:
-- every token bears its position in the whole prompt, so that tokens can leave while the others keep their place: RoPE
-  and the mask go by positions, never by 0..n-1;
-- each layer has a key/value cache of its own, whose length depends on what was pruned before it;
-- rows can stop inside a layer, before its attention: in the layer before a stage the image tokens that lose, in the
-  last layer all rows but each prompt's last. Their keys and values stay, the rest is not computed.
+- every token bears its position in the whole prompt, never 0..n-1: others may leave, and it keeps its place;
+- each layer has its own key/value cache, as long as what pruning let through to it;
+- rows can stop inside a layer, after its q, k, v and (in layer K-1) its ranking: the losers of a stage, and in the last
+  layer all rows but each prompt's last. Their keys and values stay in its cache; attention output, o_proj and MLP are
+  not computed. The official code lets losers finish layer K-1: same result, nobody reads what they become there.
 
 Shapes: B prompts, n tokens, d hidden size, h query heads, g key/value heads, c head size, m keys."""
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, r, h, c) over (B, m, g, c) -> (B, r, d). No mask: the rows are the keys' own tokens, in order."""
+        """(B, r, h, c) over (B, m, g, c) -> (B, r, d). No mask: row i is key i (nothing cached or dropped), causal."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -74,10 +74,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        d, m, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(d, m, bias=bias)
-        self.up_proj = nn.Linear(d, m, bias=bias)
-        self.down_proj = nn.Linear(m, d, bias=bias)
+        d, wide, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(d, wide, bias=bias)
+        self.up_proj = nn.Linear(d, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, d, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -134,15 +134,15 @@ class LlamaDecoder(nn.Module):
         """Some tokens through all layers: a whole prompt, a part of one, a new turn, or one generated token.
 
         inputs_embeds: (B, n, d), image tokens in place. image_span: positions [start, stop) of the image tokens if they
-        are among these, the same for all prompts. stages: prune them, ranked by the rows that are given. all_rows: the
-        last layer for every row that is left, not only for each prompt's last. positions: (B, n) in the whole prompt,
+        are among these, the same for all prompts. stages: prune them, ranked by these rows; "himap" is HIMAP. all_rows:
+        the last layer for every row left, not only for each prompt's last. positions: (B, n) in the whole prompt,
         ascending, PADDING behind a shorter one; without a cache 0..n-1. cache: of all tokens before (B = 1: shared
         by all prompts); it stays as it is. Raises HimapError for what does not fit the decoder or each other.
         """
         x, stage_at = inputs_embeds, stages_by_layer(stages, len(self.layers))
         if positions is None:  # behind a cache the caller must know them
             positions = torch.arange(0 if cache else x.shape[1], device=x.device).expand(len(x), -1)
-        image, first = self._check(x, positions, image_span, stage_at), (image_span or (0, 0))[0]  # rows; a position
+        image, image_start = self._check(x, positions, image_span, stage_at, cache), image_span[0] if image_span else 0
         cos, sin = rope(positions, self.config, x.dtype)
         out_cache, stage_traces, layer_traces = [], [], []
 
@@ -150,13 +150,13 @@ class LlamaDecoder(nn.Module):
             q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)  # of all rows that entered
             seen = LayerCache(k, v, positions) if cache is None else cache[i].then(k, v, positions)
             out_cache.append(seen)  # all that ever entered this layer
-            entered, ranking, going = x.shape[1], 0, None  # going: (B, r) rows that go on, unless all do
+            entered, ranking, going = x.shape[1], 0, None  # ranking: rows of A that a score read; going: None, if all
 
             if stage := stage_at.get(i + 1):  # HiMAP: stage 1 on entry to layer K1, stage 2 on entry to K2
                 view = LayerView(q, seen, x, positions, image)
                 scores = stage.evaluate(view)  # (B, N): phi of each image token, from this layer's attention
                 places = keep_highest(scores, stage.count(scores.shape[1]))  # (B, N') among these N
-                candidates = positions[:, image] - first  # (B, N): 0..N-1 of the whole picture
+                candidates = positions[:, image] - image_start  # (B, N): their indices in the whole picture
                 kept = take(candidates, places)
                 stage_traces.append(StageTrace(stage.layer, stage.name, candidates, scores, kept, view.own_ranking))
                 going, ranking = rows_left(places, image, entered), view.ranking
@@ -171,30 +171,30 @@ class LlamaDecoder(nn.Module):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             layer_traces.append(LayerTrace(entered, ranking, x.shape[1], seen.k.shape[1]))
 
-        hidden, padded = self.norm(x), out_cache[0].positions == PADDING  # (B, m), the rows that entered last
+        hidden, padded = self.norm(x), out_cache[0].positions == PADDING  # padded (B, m): of cached keys, then of rows
         padding = torch.stack((padded[:, -inputs_embeds.shape[1] :].sum(dim=1), padded.sum(dim=1)), dim=1)
         logits = self.logits(take(hidden, last_rows(positions))[:, 0])
         return DecoderOutput(logits, hidden, Trace(stage_traces, layer_traces, padding), out_cache)
 
-    def _check(self, x: Tensor, positions: Tensor, image_span: tuple[int, int] | None, stage_at: dict) -> slice:
+    def _check(self, x: Tensor, positions: Tensor, span: tuple | None, stages: dict, cache: Sequence | None) -> slice:
         """The rows of the image tokens; raises HimapError for what does not fit."""
         (B, n), context = x.shape[:2], self.config.max_position_embeddings
         if positions.shape != (B, n) or not B * n:
             raise HimapError(f"{B} prompts of {n} tokens: expected at least one, each with its position behind a cache")
-        real = positions < PADDING
-        if positions.min() < 0 or not ((positions.diff(dim=1) > 0) | ~real[:, 1:]).all():
-            raise HimapError("positions must ascend from 0 or later, with all padding at the end")
+        real, past = positions < PADDING, positions.new_tensor([[-1]]) if cache is None else cache[0].positions
+        if ((past >= positions[:, :1]) & (past < PADDING)).any() or not ((positions.diff() > 0) | ~real[:, 1:]).all():
+            raise HimapError("positions must ascend, from 0 or behind those in the cache, with all padding at the end")
         if (length := 1 + int(positions.masked_fill(~real, 0).max())) > context:
             raise HimapError(f"the prompt has {length} tokens, the model's context {context}: shorten the prompt")
-        if image_span is None:
-            if stage_at:
+        if span is None:
+            if stages:
                 raise HimapError("stages prune image tokens, but the prompt has no image: pass image_span or no stages")
             return slice(n, n)
-        (start, stop), first = image_span, int(positions[0, 0])
-        image = slice(start - first, stop - first)
+        (start, stop), begin = span, int(positions[0, 0])
+        image = slice(start - begin, stop - begin)
         inside = 0 <= image.start < image.stop <= n
         if not inside or (positions[:, image] != torch.arange(start, stop, device=x.device)).any():
             raise HimapError(f"image_span ({start}, {stop}) does not lie within the {n} tokens of the prompt")
-        if stage_at and (real.sum(dim=1) <= image.stop).any():
+        if stages and (real.sum(dim=1) <= image.stop).any():
             raise HimapError("no text follows the image: stages need text rows after it to rank by")
         return image

@@ -20,10 +20,10 @@ class StageTrace:
 
     layer: int
     score: str
-    candidates: Tensor = field(repr=False)  # (B, N) image tokens that entered: 0..N-1 of the whole picture, ascending
+    candidates: Tensor = field(repr=False)  # (B, N) image tokens that entered: indices in the whole picture
     scores: Tensor = field(repr=False)  # (B, N) one per candidate, fp32
-    kept: Tensor = field(repr=False)  # (B, N') those kept, likewise
-    ranking: Tensor = field(repr=False)  # (B,) rows of attention that the score asked for, padding left out
+    kept: Tensor = field(repr=False)  # (B, N') those kept: likewise, ascending
+    ranking: Tensor = field(repr=False)  # (B,) like `LayerTrace.ranking`, padding left out
 
 
 @dataclass

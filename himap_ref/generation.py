@@ -47,9 +47,9 @@ def generate(
 ) -> Generated:  # fmt: skip
     """(B, n, d), or B prompts of (n, d) each, of any lengths -> ids.
 
-    Image tokens are ranked once, in the prefill, and the cache stays pruned. reprune=True keeps no cache and ranks anew
-    for every token, generated tokens among the text rows: what the official code does. on_token is called with each id
-    of prompt 0 as soon as it is chosen. cache: of `start` tokens before every prompt. image_span: positions, see
+    Image tokens are ranked once, in the prefill, and the cache stays pruned. reprune=True computes the prompt and ranks
+    anew for every token, generated tokens among the text rows: what the official code does. on_token is called with
+    each id of prompt 0 as it is chosen. cache: of the `start` tokens before every prompt. image_span: positions, see
     `LlamaDecoder.forward`. Raises HimapError if a prompt does not fit the context.
     """
     prompts, eos = list(prompts), set(eos_token_ids)
@@ -65,8 +65,8 @@ def generate(
     done, traces, begun = [False] * len(prompts), [], clock(device)
 
     def run_prompts() -> DecoderOutput:
-        places = [torch.arange(start, start + len(prompt), device=device) for prompt in prompts]
-        positions = pad_sequence(places, batch_first=True, padding_value=PADDING)
+        each = [torch.arange(start, start + len(prompt), device=device) for prompt in prompts]
+        positions = pad_sequence(each, batch_first=True, padding_value=PADDING)
         return decoder(pad_sequence(prompts, batch_first=True), image_span, stages, positions=positions, cache=cache)
 
     out = run_prompts()  # the prefill

@@ -50,14 +50,14 @@ class LlavaModel(nn.Module):
         N = 0 if image_embeds is None else len(image_embeds)
         if stop - start != N:
             raise HimapError(f"the prompt has {stop - start} image tokens, the picture {N}")
-        words = torch.tensor([*ids[:start], *ids[stop:]], device=self.language_model.norm.weight.device)
-        x = self.language_model.embed_tokens(words)  # the image token's own vector is never looked up
+        words = torch.tensor([*ids[:start], *ids[stop:]], dtype=torch.long)  # the image token is never looked up
+        x = self.language_model.embed_tokens(words.to(self.language_model.norm.weight.device))
         return x if image_embeds is None else torch.cat((x[:start], image_embeds, x[start:]))
 
     def forward(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, stages: Stages = (), all_rows: bool = False
     ) -> DecoderOutput:
-        """(B, n) ids, image tokens expanded, and (B, 3, S, S) -> the prefill's output (see `LlamaDecoder.forward`)."""
+        """(B, n) ids, image tokens expanded, no padding, and (B, 3, S, S) -> the prefill: see `LlamaDecoder`."""
         images = [None] * len(input_ids) if pixel_values is None else self.embed_image(pixel_values)
         prompts, stages = input_ids.tolist(), self.himap if stages == "himap" else stages
         x = torch.stack([self.embed(ids, image) for ids, image in zip(prompts, images, strict=True)])

@@ -14,7 +14,7 @@ Kept tokens stay in order and keep their original positions. With BOS, six image
     stage 2 keeps 2 of 3, ranked among the three that are left; v1 and v5 win, at places 0 and 2:
     going (of rows)     0       1               3   4   5      <- of the six rows that were left
     positions           0       2               6   7   8
-    kept (of image)             1               5              <- always indices 0..N-1 of the whole picture
+    kept (of image)             1               5              <- always indices 0..5 of the whole picture
 
 Shapes: B prompts, n rows that entered the layer, N image tokens among them, m keys, h query heads, g key/value heads, c
 head size. A is the attention, query rows x key columns: A[i, v] says how much row i attends to image token v."""
@@ -30,7 +30,7 @@ from .errors import HimapError
 
 
 def attention_map(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """A of each head, (B, h, r, m) in fp32: (B, r, h, c) queries over (B, m, g, c) keys, softmax over all of them."""
+    """A of each head, (B, h, r, m): (B, r, h, c) queries over (B, m, g, c) keys; softmax in fp32 (official: half)."""
     (B, r, h, c), (_, m, g, _) = q.shape, k.shape
     q = (q * c**-0.5).unflatten(2, (g, h // g)).permute(0, 2, 3, 1, 4)  # (B, g, h / g, r, c): these heads share a key
     dots = q.reshape(B, g, h // g * r, c) @ k.permute(0, 2, 3, 1)  # (B, g, h / g * r, m)
@@ -56,16 +56,16 @@ class LayerView:
         self.ranking, self.own_ranking = 0, torch.zeros_like(positions[:, 0])
 
     def attention(self, rows: slice | Tensor) -> Tensor:
-        """A[rows, image], (B, r, N), mean over heads; 0 from padding. rows: a slice, or (B, r) indices."""
+        """A[rows, image], (B, r, N), mean over heads. rows: a slice, or (B, r) indices."""
         cached = self.k.shape[1] - self.q.shape[1]
-        A = self.maps(rows)[..., cached + self.image.start : cached + self.image.stop].mean(dim=1)
-        return A * take(self.real, rows)[..., None]
+        return self.maps(rows)[..., cached + self.image.start : cached + self.image.stop].mean(dim=1)
 
     def maps(self, rows: slice | Tensor) -> Tensor:
-        """A[rows] of each head, over all m keys: (B, h, r, m), softmax in fp32."""
+        """A[rows] of each head, over all m keys: (B, h, r, m), softmax in fp32; 0 from padding."""
         q, real = take(self.q, rows), take(self.real, rows)
         self.ranking, self.own_ranking = self.ranking + q.shape[1], self.own_ranking + real.sum(dim=1)
-        return attention_map(q, self.k, causal_mask(take(self.positions, rows), self.key_positions))
+        A = attention_map(q, self.k, causal_mask(take(self.positions, rows), self.key_positions))
+        return A * real[:, None, :, None]
 
 
 # ---------------------------------------------------------------- score functions: who attends to whom
@@ -89,7 +89,7 @@ def image_to_image(view: LayerView) -> Tensor:
 class Stage:
     """On entry to `layer` (0-based), keep the image tokens that `score` ranks highest in the layer before.
 
-    keep: an int is a count; a float in (0, 1] is a share of the image tokens that enter the stage, rounded to nearest.
+    keep: an int is a count; a float in (0, 1] a share of the image tokens that enter, to the nearest, at least 1.
     keep 0 with no score drops the whole picture, which ranks nothing.
     """
 

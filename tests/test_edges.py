@@ -1,5 +1,6 @@
 """Edges of the core that adversarial use found: what was accepted silently, spoiled, or ended in torch's own words."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 import himap_ref.generation
 from himap_ref import HimapError, Stage, image_to_image, text_to_image
+from himap_ref.cache import LayerCache
 from himap_ref.decoder import rope
 from himap_ref.flops import projector_flops, vision_flops
 from himap_ref.generation import generate
@@ -173,3 +175,64 @@ def test_score_functions_that_read_heads(tiny_decoder, embeddings):
         return image_to_image(view)
 
     decoder(x, SPAN, (Stage(2, 5, one_head),))
+
+
+# ---------------------------------------------------------------- found by a reader of the loop
+
+
+def test_positions_that_the_cache_holds_already(tiny_decoder, embeddings):
+    """A cache whose length nobody told the generator: its tokens' positions given out twice, logits off by 5."""
+    decoder, x = tiny_decoder(), embeddings(1, 22)
+    cache = decoder(x[:, :8]).cache
+    for start in (0, 7):
+        with pytest.raises(HimapError, match="behind those in the cache"):
+            generate(decoder, x[:, 8:], max_new_tokens=2, cache=cache, start=start)
+    assert generate(decoder, x[:, 8:], max_new_tokens=2, cache=cache, start=8).token_ids
+
+
+def test_maps_of_padding(tiny_decoder, embeddings):
+    """Padding that ranks in a criterion that reads the heads apart."""
+
+    def heads(view):
+        return view.maps(view.text).amax(dim=1)[..., view.image].sum(dim=1)
+
+    decoder, prompts = tiny_decoder(), [embeddings(1, n, seed=n)[0] for n in (22, 18, 27)]
+    stages = (Stage(3, 5, heads),)
+    batch = generate(decoder, prompts, SPAN, stages, 1).traces[0]
+    for b, prompt in enumerate(prompts):
+        (alone,) = generate(decoder, [prompt], SPAN, stages, 1).traces[0].stages
+        assert batch.stages[0].kept[b].tolist() == alone.kept[0].tolist()
+
+
+def test_an_edited_cache(tiny_decoder, embeddings):
+    """A cache made from another one whose buffers go on holding what was replaced."""
+    decoder, x = tiny_decoder(), embeddings(1, 22)
+    with torch.no_grad():
+        out = decoder(x[:, 19:20], positions=torch.tensor([[19]]), cache=decoder(x[:, :19]).cache)
+        edited = [replace(layer, v=layer.v * 0) for layer in out.cache]
+        fresh = [LayerCache(layer.k, layer.v * 0, layer.positions) for layer in out.cache]
+        got, want = (decoder(x[:, 20:], positions=torch.tensor([[20, 21]]), cache=cache) for cache in (edited, fresh))
+    assert torch.equal(got.logits, want.logits)
+
+
+@pytest.mark.parametrize("stages, message", [("bogus", "unknown"), ((Stage(99, 1, text_to_image),), "does not exist")])
+def test_stages_are_checked_without_a_picture(shapes, stages, message):
+    """A mistake that shows only with the first picture."""
+    first = shapes.generate(None, "What is it?", max_new_tokens=1)
+    for options in ({}, {"past": first.past}):
+        with pytest.raises(HimapError, match=message):
+            shapes.generate(None, "What is it?", stages, 1, **options)
+
+
+def test_an_answer_that_ends_in_the_image_token(shapes, scene_picture):
+    """The word of that id, said by the model, taken for a second picture in the next turn."""
+    first = shapes.generate(scene_picture, "What is it?", "himap", 2).past
+    past = replace(first, ids=[*first.ids[:-1], shapes.config.image_token_index])
+    answer = shapes.generate(None, "And then?", past=past, max_new_tokens=1)
+    assert answer.image_span == first.image_span and answer.prompt_ids[: len(past.ids)] == past.ids
+
+
+def test_a_prompt_of_image_tokens_alone(tiny_llava):
+    """No words to look up: torch's own error about their type."""
+    model = tiny_llava()
+    assert model(torch.full((1, 16), 96), torch.zeros(1, 3, 20, 20)).logits.shape == (1, 97)

@@ -81,6 +81,7 @@ class Past:
     cache: list[LayerCache] = field(repr=False)  # of all ids, but of that answer's last one
     weights: list = field(repr=False)  # `Llava.fingerprint` at the time
     length: int  # tokens computed
+    image_span: tuple[int, int] | None = None  # [start, stop) in ids
 
     @property
     def is_conversation(self) -> bool:
@@ -100,7 +101,7 @@ class Answer:
     traces: list[Trace]  # one for each token, the prefill's first
     flops: Flops  # what this prompt would cost alone
     batch_flops: int  # the decoder's for its whole batch, as executed: with padding, and to the longest answer's end
-    seconds: dict[str, float]  # vision, prefill, decode; of the whole batch
+    seconds: dict[str, float]  # vision (reading the picture, too), prefill, decode; of the whole batch
     make_past: Callable[[], Past]
 
     @property

@@ -25,7 +25,7 @@ from ..methods.reducers import ImageReducer
 from ..methods.schedules import parse_stages
 from ..model import LlavaModel
 from ..prompt import TEMPLATES, encode_prompt, streamer
-from ..pruning import Stages
+from ..pruning import Stages, stages_by_layer
 from ..sampling import Sampling
 from .answer import Answer, Past, count_flops
 
@@ -86,8 +86,8 @@ class Llava(LlavaModel):
         turn = past is not None and past.is_conversation
         ids = encode_prompt(self.tokenizer, question, self.template, image_token, 0 if turn else N, turn)
         if past and turn:
-            cut = past.ids[-1] not in self.eos_token_ids  # then the end of its answer is still to be said
-            ids = past.ids + [*self.eos_token_ids][:cut] + ids
+            ended = past.ids[-1] in self.eos_token_ids  # else the end of its answer is still to be said
+            ids = past.ids + ([] if ended else list(self.eos_token_ids[:1])) + ids
         if foreign := [id for id in ids if id >= vocab_size and id != image_token]:
             raise HimapError(f"the tokenizer gives id {foreign[0]}, the weights know {vocab_size}: not of one model")
         if past and ids[: len(past.ids)] != past.ids:
@@ -97,7 +97,7 @@ class Llava(LlavaModel):
     def fingerprint(self) -> list:
         """By which a `Past` knows the decoder that computed it: another after any change of weight, dtype or device."""
         weights = [*self.language_model.parameters()]  # those loaded in inference mode have no version
-        return [(p.data_ptr(), p.is_inference() or p._version, p.dtype, p.device) for p in weights]
+        return [(p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.device) for p in weights]
 
     @torch.no_grad()
     def prefix(self) -> Past:
@@ -137,6 +137,8 @@ class Llava(LlavaModel):
         questions = [prompt] if isinstance(prompt, str) else list(prompt)
         images: list[Any] = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
         self._check(images, questions, past)
+        stages = self.himap if stages == "himap" else stages
+        stages_by_layer(stages, len(self.language_model.layers))  # a mistake in them is one without a picture, too
         config, decoder, device = self.config, self.language_model, self.language_model.norm.weight.device
         begun, N, image_embeds = clock(device), 0, None
         if images[0] is not None:
@@ -144,16 +146,21 @@ class Llava(LlavaModel):
             image_embeds = reducer(self, pixel_values) if reducer else self.embed_image(pixel_values)
             N = image_embeds.shape[1]
         encoded, start = [self.encode(question, N, past) for question in questions], past.length if past else 0
-        prompts = [self.embed(ids[start:], None if image_embeds is None else image_embeds[b])
-                   for b, ids in enumerate(encoded)]  # fmt: skip
-        vision, span = clock(device) - begun, self.image_span(encoded)
+        if past and past.is_conversation:  # of which any token may be part, the image token as a word, too
+            prompts = [decoder.embed_tokens(torch.tensor(ids[start:], device=device)) for ids in encoded]
+            span = past.image_span
+        else:
+            images_of = [None] * len(encoded) if image_embeds is None else image_embeds
+            prompts = [self.embed(ids[start:], picture) for ids, picture in zip(encoded, images_of, strict=True)]
+            span = self.image_span(encoded)
+        vision = clock(device) - begun
         out = generate(
-            decoder, prompts, span if N else None, (self.himap if stages == "himap" else stages) if N else (),
+            decoder, prompts, span if N else None, stages if N else (),
             max_new_tokens, self.eos_token_ids, Sampling(temperature, top_p, seed), reprune,
             streamer(self.tokenizer, on_text) if on_text else None, past.cache if past else None, start,
         )  # fmt: skip
         own = (vision_flops(config), projector_flops(config)) if N else (0, 0)
-        picture = reducer.flops(config) if reducer and N else own
+        encoding = reducer.flops(config) if reducer and N else own
         pruned_before = config.num_image_tokens - (span[1] - span[0]) if span else 0  # by the reducer
         executed = len(prompts) * sum(pass_flops(config.text_config, trace.layers) for trace in out.traces)
         answers = []
@@ -164,15 +171,17 @@ class Llava(LlavaModel):
             answers.append(Answer(
                 text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(), token_ids=ids, prompt_ids=asked,
                 image_span=span, finish=out.finish[b], first_logits=out.first_logits[b], traces=traces,
-                flops=count_flops(config, traces, n - cached, cached, picture, own), batch_flops=executed,
-                seconds={"vision": vision, **out.seconds}, make_past=self._past_of(b, asked + ids, out.cache),
+                flops=count_flops(config, traces, n - cached, cached, encoding, own), batch_flops=executed,
+                seconds={"vision": vision, **out.seconds}, make_past=self._past_of(b, asked + ids, out.cache, span),
             ))  # fmt: skip
         return answers[0] if isinstance(prompt, str) else answers
 
-    def _past_of(self, b: int, ids: list[int], cache: list[LayerCache]) -> Callable[[], Past]:
+    def _past_of(
+        self, b: int, ids: list[int], cache: list[LayerCache], span: tuple[int, int] | None
+    ) -> Callable[[], Past]:
         """Made when it is asked for: it copies prompt `b`'s part of the batch's cache."""
         fingerprint = self.fingerprint()
-        return lambda: Past(ids, [layer.item(b) for layer in cache], fingerprint, len(ids) - 1)
+        return lambda: Past(ids, [layer.item(b) for layer in cache], fingerprint, len(ids) - 1, span)
 
     def _check(self, images: Sequence[Picture | None], questions: Sequence[str], past: Past | None) -> None:
         if not questions or len(images) != len(questions) or len({picture is None for picture in images}) > 1:
