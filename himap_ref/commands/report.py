@@ -63,12 +63,12 @@ def amount(number: float) -> str:
 def layer_table(result: dict) -> str:
     """Tokens that entered each part of each layer of the prefill, and its FLOPs."""
     stage_at = {stage["layer"]: stage for stage in result["stages"]}
-    lines = ["layer  tokens in  queries  ranking rows  attention+mlp rows      FLOPs       MACs"]
+    lines = ["layer  tokens in  ranking rows  attention+mlp rows      FLOPs       MACs"]
     for layer in result["layers"]:
         if stage := stage_at.get(layer["layer"]):
             lines.append(f"       -- stage: {len(stage['kept'])} image tokens kept by {stage['score']}")
         lines.append(
-            f"{layer['layer']:5}  {layer['tokens_in']:9}  {layer['q']:7}  {layer['score_rows']:12}  {layer['rows']:18}"
+            f"{layer['layer']:5}  {layer['tokens_in']:9}  {layer['score_rows']:12}  {layer['rows']:18}"
             f"  {amount(layer['flops']):>9}  {amount(layer['flops'] // 2):>9}"
         )
     return "\n".join(lines)
