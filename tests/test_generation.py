@@ -88,7 +88,7 @@ def test_probabilities(temperature, top_p):
 
 def test_whole_vocabulary_at_top_p_1():
     """A running sum that rounds to 1 early and cuts the tail of a large vocabulary."""
-    logits = torch.randn(32064, generator=torch.Generator().manual_seed(3))
+    logits = torch.randn(32064, generator=torch.Generator().manual_seed(3)) * 2  # the sum is 1 before the last 28
     assert (probabilities(logits, Sampling(1.0, 1.0)) > 0).all()
 
 
@@ -127,6 +127,14 @@ def test_sampling_is_checked(values):
     """Numbers that would make every probability NaN or zero."""
     with pytest.raises(HimapError, match="temperature|top_p"):
         Sampling(*values)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seed_is_checked(seed):
+    """A seed that torch refuses in the middle of a run, or takes for another one."""
+    with pytest.raises(HimapError, match="seed"):
+        Sampling(1.0, seed=seed)
+    assert Sampling(1.0, seed=2**63 - 1).seed == 2**63 - 1
 
 
 # ---------------------------------------------------------------- ends

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from himap_ref import HimapError, Stage, text_to_image
+from himap_ref import HimapError, LayerView, Stage, text_to_image
+from himap_ref.cache import LayerCache
 from himap_ref.checkpoint.files import find_device
 from himap_ref.generation import generate
+from himap_ref.methods.scores import SCORES
 from himap_ref.sampling import Sampling, probabilities
 from himap_ref.vision import ACTIVATIONS
 
@@ -52,7 +54,46 @@ def test_generating_keeps_no_graph(tiny_decoder, embeddings):
 
 def test_tiny_temperature():
     """inf - inf on the way to the softmax, and a crash instead of the likeliest token."""
-    assert probabilities(torch.tensor([1.0, 3.0, 2.0]), Sampling(1e-40)).tolist() == [0.0, 1.0, 0.0]
+    for scale in (1, 1e9):
+        assert probabilities(scale * torch.tensor([1.0, 3.0, 2.0]), Sampling(1e-40)).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_forward_of_the_whole_model(tiny_llava, embeddings):
+    """all_rows forgotten on the way to the decoder; a prompt without a picture; more prompts than pictures."""
+    model, pixels, ids = tiny_llava(), embeddings(2, 60, 20).view(2, 3, 20, 20), torch.tensor([IDS] * 2)
+    last, every = model(ids, pixels), model(ids, pixels, all_rows=True)
+    assert last.hidden.shape == (2, 1, 32) and every.hidden.shape == (2, 20, 32)
+    assert_close(last.hidden, every.hidden[:, -1:])
+    words = torch.tensor([[1, 5, 7], [1, 8, 2]])
+    assert_close(model(words).logits, model.language_model(model.language_model.embed_tokens(words)).logits)
+    with pytest.raises(ValueError):
+        model(ids, pixels[:1])
+
+
+@pytest.mark.parametrize("reprune", [False, True])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_tensors_are_made_on_the_models_device(tiny_decoder, embeddings, sampling, reprune):
+    """A model that is not on torch's default device: torch's own error in the middle of its work."""
+    stages = [Stage(layer, 16 - layer, score) for layer, score in enumerate(SCORES.values(), start=1)]
+    decoder, prompts = tiny_decoder(num_hidden_layers=9), [embeddings(1, n)[0] for n in (22, 25)]
+
+    def work():
+        return generate(decoder, prompts, (4, 20), stages, 4, sampling=sampling, reprune=reprune)
+
+    want = work()
+    with torch.device("meta"):
+        got = work()
+    assert torch.equal(got.first_logits, want.first_logits) and got.token_ids == want.token_ids
+
+
+def test_inputs_move_to_the_models_device(tiny_llava):
+    """Pixels, ids or random scores left where they were made."""
+    model = tiny_llava().to("meta")
+    assert model.embed([1, 5, 7], None).device.type == "meta"
+    assert model.embed_image(torch.zeros(1, 3, 20, 20)).device.type == "meta"
+    q, positions = torch.zeros(2, 9, 1, 8, device="meta"), torch.zeros(2, 9, dtype=torch.long, device="meta")
+    view = LayerView(q, LayerCache(q, q, positions), q[:, :, 0], positions, slice(2, 7))
+    assert SCORES["random"](view).device.type == "meta"
 
 
 def test_device_that_is_not_there():

@@ -204,6 +204,14 @@ def test_random_is_seeded_and_equal_in_a_batch(tiny_decoder, embeddings):
     assert stage.kept.tolist() != kept[0] and stage.score == "random"
 
 
+@pytest.mark.parametrize("seed, number", [(None, 12), (7, 7012), (2**63 - 1, 2**63 - 988)])
+def test_random_draws_what_was_recorded(tiny_decoder, embeddings, seed, number):
+    """Other draws than those behind the recorded results; a seed beyond torch's."""
+    score = random if seed is None else partial(random, seed=seed)
+    (stage,) = tiny_decoder()(embeddings(1, 22), (4, 16), (Stage(2, 4, score),)).trace.stages
+    assert torch.equal(stage.scores[0], torch.rand(12, generator=torch.Generator().manual_seed(number)))
+
+
 def test_custom_score(tiny_decoder, embeddings):
     """A score of the user's own that is ignored, or that does not see the documented tensors."""
     decoder, x, shapes = tiny_decoder(num_key_value_heads=2), embeddings(2, 22), []
@@ -310,8 +318,9 @@ def test_stage_layer_is_checked(layer):
 
 @pytest.mark.parametrize("keep", [0, -3, 0.0, 1.5, -0.5, float("nan"), True, "0.5", None])
 def test_stage_keep_is_checked(keep):
-    """A count or share that cannot be meant."""
-    with pytest.raises(HimapError, match="stage keep"):
+    """A count or share that cannot be meant; advice for keep 0 given for another number, or none."""
+    hint = r" \(0 drops the whole picture: only with no score\)" if keep == 0 else ""
+    with pytest.raises(HimapError, match=rf"^stage keep .*: expected a count .* in \(0, 1\]{hint}$"):
         Stage(2, keep, text_to_image)
 
 
