@@ -80,7 +80,7 @@ def test_max_new_tokens_is_a_count(tiny_decoder, embeddings, count):
 
 def test_prefill_and_decode_seconds(tiny_decoder, embeddings, monkeypatch):
     """Decode seconds that include the prefill, or a prefill that includes later tokens."""
-    ticks = count(step=1000)
+    ticks = count(7000, 1000)
     monkeypatch.setattr(himap_ref.generation, "clock", lambda device: float(next(ticks)))
     assert generate(tiny_decoder(), embeddings(1, 22), max_new_tokens=5).seconds == {"prefill": 1000, "decode": 1000}
 

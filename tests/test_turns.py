@@ -8,6 +8,7 @@ from test_flops import counted
 from test_pruning import slow_decoder
 from torch.testing import assert_close
 
+import himap_ref.cache
 from himap_ref import HIMAP, HimapError, Stage, image_to_image, text_to_image
 from himap_ref.flops import pass_flops
 from himap_ref.generation import generate
@@ -68,13 +69,33 @@ def test_one_cache_for_many_turns(tiny_decoder, embeddings):
     with torch.no_grad():
         base = run(decoder, x, 20, 21, start.cache)  # from here on there is room behind the tokens
         wants = [run(decoder, other[None], 21, 24, deepcopy(base.cache)).logits for other in others]
-        for _ in range(2):
-            for other, want in zip(others, wants, strict=True):
-                got = run(decoder, other[None], 21, 23, base.cache)
-                got = run(decoder, other[None], 23, 24, got.cache)
-                assert_close(got.logits, want, **NEAR)
+        begun = [run(decoder, other[None], 21, 23, base.cache) for other in others]  # all, before one goes on
+        for other, first, want in zip(others, begun, wants, strict=True):
+            assert_close(run(decoder, other[None], 23, 24, first.cache).logits, want, **NEAR)
     many = run(decoder, others, 21, 24, base.cache)  # and a cache of one prompt serves three
     assert_close(many.logits, torch.cat(wants), **NEAR)
+
+
+def test_steps_copy_nothing(tiny_decoder, embeddings):
+    """All keys and values copied for every token, though there is room: right, and slower with every token."""
+    decoder, x = tiny_decoder(), embeddings(1, N)
+    with torch.no_grad():
+        out, places = decoder(x[:, :20]), []
+        for step in range(20, 24):
+            out = run(decoder, x, step, step + 1, out.cache)
+            places.append([t.data_ptr() for layer in out.cache for t in (layer.k, layer.v)])
+    assert places[0] == places[1] == places[2] == places[3]
+
+
+def test_tokens_that_do_not_fit_the_room(tiny_decoder, embeddings, monkeypatch):
+    """More tokens than the buffers have room for, or more prompts, written into them all the same."""
+    monkeypatch.setattr(himap_ref.cache, "ROOM", 2)
+    decoder, x, others = tiny_decoder(), embeddings(1, N), embeddings(3, N, seed=5)
+    with torch.no_grad():
+        base = run(decoder, x, 20, 21, decoder(x[:, :20]).cache)
+        assert_close(run(decoder, x, 21, 24, base.cache).logits, decoder(x[:, :24]).logits, **NEAR)
+        whole = torch.cat((x[:, :21].expand(3, -1, -1), others[:, 21:22]), dim=1)
+        assert_close(run(decoder, others, 21, 22, base.cache).logits, decoder(whole).logits, **NEAR)
 
 
 def test_backward_through_steps(tiny_decoder, embeddings):
