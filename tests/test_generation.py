@@ -97,12 +97,19 @@ def test_equal_probabilities_keep_the_lower_id():
     assert probabilities(torch.zeros(64), Sampling(1.0, 0.07)).nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_draws_follow_the_probabilities():
+@pytest.mark.parametrize("temperature", [0.8, 1.0])
+def test_draws_follow_the_probabilities(temperature):
     """Draws from other probabilities than those computed, or the same draw every time."""
-    logits, sampling = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]), Sampling(0.8, 0.9)
+    logits, sampling = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]), Sampling(temperature, 0.9)
     generator = torch.Generator().manual_seed(0)
     draws = torch.cat([choose(logits, sampling, [generator]) for _ in range(3000)])
     assert_close(draws.bincount(minlength=5) / 3000, probabilities(logits[0], sampling), rtol=0, atol=0.03)
+
+
+def test_each_prompt_draws_for_itself():
+    """Prompts without a generator left out of the answer."""
+    with pytest.raises(ValueError):
+        choose(torch.zeros(2, 5), Sampling(1.0), [torch.Generator()])
 
 
 def test_seed(tiny_decoder, embeddings):

@@ -156,6 +156,16 @@ def test_flops_of_the_batch(tiny_decoder, reprune):
         alone, _ = counted(lambda prompt=prompt: generate(decoder, [prompt], (4, 16), stages, 5, **options))
         own = sum(pass_flops(decoder.config, trace.item(b).layers) for trace in batch.traces)
         assert alone == own and (own < flops / 3) == (len(prompt) < 25)
+        assert batch.traces[0].item(b).padding.tolist() == [0, 0]
+
+
+def test_a_prompt_of_one_token(tiny_decoder):
+    """The padding behind a prompt's only token taken for its last row."""
+    decoder, (x, positions) = tiny_decoder(), ragged((1, 4))
+    assert_close(decoder(x, positions=positions).logits[0], decoder(x[:1, :1]).logits[0], **NEAR)
+    later, cache = torch.where(positions < PADDING, positions + 3, PADDING), decoder(x[1:, 1:]).cache
+    turn, alone = decoder(x, positions=later, cache=cache), decoder(x[:1, :1], positions=later[:1, :1], cache=cache)
+    assert_close(turn.logits[0], alone.logits[0], **NEAR)
 
 
 def test_more_tokens_behind_a_ragged_cache(tiny_decoder):
