@@ -42,6 +42,9 @@ def slow_decoder(decoder, x, span, stages=(), prompt=None):
         z = torch.complex(x[..., : c // 2], x[..., c // 2 :]) * turn[:, None]
         return torch.cat((z.real, z.imag), dim=-1)
 
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
+
     visible, alive = torch.ones(n, n).tril().bool(), list(range(*span))
     kept, scores, attention = [], [], []
     for i in range(config.num_hidden_layers):
@@ -57,19 +60,19 @@ def slow_decoder(decoder, x, span, stages=(), prompt=None):
                 scores.append(list(score.values()))
         name = f"layers.{i}."
         y = norm(x, w[name + "input_layernorm.weight"])
-        q = spin((y @ w[name + "self_attn.q_proj.weight"].T).view(n, h, c))
-        k = spin((y @ w[name + "self_attn.k_proj.weight"].T).view(n, g, c))
-        v = (y @ w[name + "self_attn.v_proj.weight"].T).view(n, g, c)
+        q = spin(linear(y, name + "self_attn.q_proj").view(n, h, c))
+        k = spin(linear(y, name + "self_attn.k_proj").view(n, g, c))
+        v = linear(y, name + "self_attn.v_proj").view(n, g, c)
         heads = []
         for head in range(h):
             dots = q[:, head] @ k[:, head * g // h].T / c**0.5
             heads.append(torch.where(visible, dots, -torch.inf).softmax(-1))
         attention.append(torch.stack(heads))
         mixed = torch.cat([a @ v[:, head * g // h] for head, a in enumerate(heads)], dim=-1)
-        x = x + mixed @ w[name + "self_attn.o_proj.weight"].T
+        x = x + linear(mixed, name + "self_attn.o_proj")
         y = norm(x, w[name + "post_attention_layernorm.weight"])
-        gate, up = y @ w[name + "mlp.gate_proj.weight"].T, y @ w[name + "mlp.up_proj.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ w[name + "mlp.down_proj.weight"].T
+        gate, up = linear(y, name + "mlp.gate_proj"), linear(y, name + "mlp.up_proj")
+        x = x + linear(gate * torch.sigmoid(gate) * up, name + "mlp.down_proj")
     x = norm(x, w["norm.weight"])
     return x, x @ w.get("lm_head.weight", w["embed_tokens.weight"]).T, kept, scores, attention
 
@@ -128,6 +131,19 @@ def test_tied_embeddings(tiny_decoder, embeddings):
     decoder, x = tiny_decoder(tie_word_embeddings=True), embeddings(1, 9)
     _, logits, _, _, _ = slow_decoder(decoder, x[0], (1, 5))
     assert_close(decoder(x).logits[0].double(), logits[-1], **near)
+
+
+@pytest.mark.parametrize("part, names", [("attention", "qkvo"), ("mlp", ["gate", "up", "down"])])
+def test_biases(tiny_decoder, embeddings, part, names):
+    """Biases of a checkpoint that has them left out, or put into the other half of a layer."""
+    decoder, x = tiny_decoder(**{f"{part}_bias": True}), embeddings(1, 22)
+    biases = {key for key in decoder.state_dict() if key.endswith("bias")}
+    place = "self_attn" if part == "attention" else "mlp"
+    assert biases == {f"layers.{i}.{place}.{name}_proj.bias" for i in range(5) for name in names}
+    _, logits, kept, _, _ = slow_decoder(decoder, x[0], (4, 16), SCHEDULES["two stages"])
+    out = decoder(x, (4, 16), SCHEDULES["two stages"])
+    assert [(stage.kept[0] + 4).tolist() for stage in out.trace.stages] == kept
+    assert_close(out.logits[0].double(), logits[-1], **near)
 
 
 def test_keeping_all_is_vanilla(tiny_decoder, embeddings):
