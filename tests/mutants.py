@@ -29,6 +29,8 @@ EXPLAINED = {
     "the last of two dimensions": (" scores.sort(dim=+1,", "order[:, :count].sort(dim=+1)", "logits.argmax(dim=+1)"),
     "as many by construction": tuple(f"zip({both}, {strict})" for strict in ("", "strict=False", "strict=None")
                                      for both in ("answers, cut", "layers, stages")),
+    "no picture, no stages: not looked at": tuple(f"return slice({of})" for of in ("n, None", "None, n", "n, ", "n")),
+    "None is as false as False": ("config.vocab_size, bias=None)", "from_pretrained(vocabulary, freeze=None)"),
     "shorter by one on purpose": ("zip(layers, layers[1:], )", "zip(layers, layers[1:], strict=None)"),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from himap_ref import HimapError, LayerView, Stage, text_to_image
+from himap_ref import HimapError, LayerView, LlamaDecoder, Stage, text_to_image
 from himap_ref.cache import LayerCache
 from himap_ref.checkpoint.files import find_device
 from himap_ref.generation import generate
@@ -50,6 +50,11 @@ def test_generating_keeps_no_graph(tiny_decoder, embeddings):
     decoder = tiny_decoder().requires_grad_(True)
     out = generate(decoder, embeddings(1, 22), (4, 16), (Stage(2, 5, text_to_image),), 3)
     assert not out.first_logits.requires_grad
+
+
+def test_every_weight_is_trained(tiny_decoder):
+    """Embeddings frozen, as `from_pretrained` has them unless it is told otherwise."""
+    assert all(p.requires_grad for p in LlamaDecoder(tiny_decoder().config).parameters())
 
 
 def test_tiny_temperature():

@@ -160,9 +160,11 @@ def test_flops_of_the_batch(tiny_decoder, reprune):
 
 
 def test_a_prompt_of_one_token(tiny_decoder):
-    """The padding behind a prompt's only token taken for its last row."""
+    """The padding behind a prompt's only token taken for its last row, or for a token that needs a position."""
     decoder, (x, positions) = tiny_decoder(), ragged((1, 4))
     assert_close(decoder(x, positions=positions).logits[0], decoder(x[:1, :1]).logits[0], **NEAR)
+    short = tiny_decoder(max_position_embeddings=1)
+    assert_close(short(x[:1], positions=positions[:1]).logits, short(x[:1, :1]).logits, **NEAR)
     later, cache = torch.where(positions < PADDING, positions + 3, PADDING), decoder(x[1:, 1:]).cache
     turn, alone = decoder(x, positions=later, cache=cache), decoder(x[:1, :1], positions=later[:1, :1], cache=cache)
     assert_close(turn.logits[0], alone.logits[0], **NEAR)
