@@ -110,8 +110,9 @@ def test_prefix_must_end_before_the_image(tiny_decoder, embeddings):
 def test_positions_are_needed_behind_a_cache(tiny_decoder, embeddings):
     """New tokens counted from 0 again, silently."""
     decoder, x = tiny_decoder(), embeddings(1, N)
-    with pytest.raises(HimapError, match="position"):
-        decoder(x[:, 6:], cache=decoder(x[:, :6]).cache)
+    for last in (7, N):  # one token, too
+        with pytest.raises(HimapError, match="each with its position behind a cache"):
+            decoder(x[:, 6:last], cache=decoder(x[:, :6]).cache)
 
 
 # ---------------------------------------------------------------- of a whole model
