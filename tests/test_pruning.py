@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import himap_ref.decoder
 from himap_ref import HIMAP, HIMAP_CAPTION, HimapError, Stage, image_to_image, text_to_image
 from himap_ref.cache import LayerCache
 from himap_ref.methods.schedules import FASTV, parse_stages
@@ -151,6 +152,12 @@ def test_biases(tiny_decoder, embeddings, part, names):
     out = decoder(x, (4, 16), SCHEDULES["two stages"])
     assert [(stage.kept[0] + 4).tolist() for stage in out.trace.stages] == kept
     assert_close(out.logits[0].double(), logits[-1], **near)
+
+
+def test_a_whole_prompt_needs_no_mask(tiny_decoder, embeddings, monkeypatch):
+    """A mask of n x n written out where the attention kernel knows it: the same, and slower."""
+    monkeypatch.setattr(himap_ref.decoder, "causal_mask", None)
+    assert tiny_decoder()(embeddings(1, 22), (4, 16), all_rows=True).hidden.shape == (1, 22, 32)
 
 
 def test_keeping_all_is_vanilla(tiny_decoder, embeddings):
