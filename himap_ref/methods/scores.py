@@ -42,8 +42,7 @@ def image_to_image_relative(view: LayerView) -> Tensor:
 def random(view: LayerView, seed: int = 0) -> Tensor:
     """Chance, the baseline to beat. Every picture draws the same numbers, in a batch as alone; the stages differ."""
     N = view.image.stop - view.image.start
-    generator = torch.Generator().manual_seed((1000 * seed + N) % 2**63)
-    scores = torch.rand(N, generator=generator, device="cpu")  # where the generator is, whatever the default device
+    scores = torch.rand(N, generator=torch.Generator().manual_seed((1000 * seed + N) % 2**63), device="cpu")
     return scores.to(view.k.device).expand(len(view.k), -1)
 
 
