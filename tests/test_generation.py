@@ -106,6 +106,11 @@ def test_draws_follow_the_probabilities(temperature):
     assert_close(draws.bincount(minlength=5) / 3000, probabilities(logits[0], sampling), rtol=0, atol=0.03)
 
 
+def test_greedy_unless_asked():
+    """Another default: an answer drawn from fewer tokens than the caller thinks, or by chance."""
+    assert Sampling() == Sampling(temperature=0.0, top_p=1.0, seed=0)
+
+
 def test_each_prompt_draws_for_itself():
     """Prompts without a generator left out of the answer."""
     with pytest.raises(ValueError):

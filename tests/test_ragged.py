@@ -170,6 +170,14 @@ def test_a_prompt_of_one_token(tiny_decoder):
     assert_close(turn.logits[0], alone.logits[0], **NEAR)
 
 
+def test_far_positions_are_no_padding(tiny_decoder):
+    """The tokens of a long conversation taken for padding, and seen by nobody."""
+    decoder, (x, _) = tiny_decoder(max_position_embeddings=2**20), ragged((4,))
+    out = decoder(x, positions=torch.arange(2**20 - 4, 2**20)[None])
+    assert out.trace.padding.tolist() == [[0, 0]]
+    assert_close(out.logits, decoder(x).logits, rtol=0, atol=0.05)  # RoPE is relative; far angles are coarse in fp32
+
+
 def test_more_tokens_behind_a_ragged_cache(tiny_decoder):
     """Padding of the cache taken for padding of the new rows: seen by them, or subtracted from their count."""
     decoder, lengths, span = tiny_decoder(), (18, 25, 21), (3, 15)
