@@ -14,7 +14,7 @@ from himap_ref import HimapError, Stage, image_to_image, text_to_image
 from himap_ref.cache import LayerCache
 from himap_ref.decoder import rope
 from himap_ref.flops import projector_flops, vision_flops
-from himap_ref.generation import generate
+from himap_ref.generation import clock, generate
 from himap_ref.methods.reducers import AveragePool, ClsAttention
 from himap_ref.methods.scores import random
 from himap_ref.pruning import METHODS
@@ -83,6 +83,15 @@ def test_prefill_and_decode_seconds(tiny_decoder, embeddings, monkeypatch):
     ticks = count(7000, 1000)
     monkeypatch.setattr(himap_ref.generation, "clock", lambda device: float(next(ticks)))
     assert generate(tiny_decoder(), embeddings(1, 22), max_new_tokens=5).seconds == {"prefill": 1000, "decode": 1000}
+
+
+def test_clock_waits_for_its_device(monkeypatch):
+    """Seconds of a GPU taken when its work was only queued, or another GPU waited for."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for name in ("cpu", "cuda:1"):
+        clock(torch.device(name))
+    assert waited == [torch.device("cuda:1")]
 
 
 # ---------------------------------------------------------------- numbers that a mutant changed and no test saw
