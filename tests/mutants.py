@@ -31,6 +31,7 @@ EXPLAINED = {
                                      for both in ("answers, cut", "layers, stages")),
     "no picture, no stages: not looked at": tuple(f"return slice({of})" for of in ("n, None", "None, n", "n, ", "n")),
     "None is as false as False": ("config.vocab_size, bias=None)", "from_pretrained(vocabulary, freeze=None)"),
+    "shows on a GPU only": ("torch.cat(picks).to(None)",),
     "shorter by one on purpose": ("zip(layers, layers[1:], )", "zip(layers, layers[1:], strict=None)"),
 }  # fmt: skip
 
