@@ -38,16 +38,14 @@ class LayerCache:
 
     def then(self, k: Tensor, v: Tensor, positions: Tensor) -> "LayerCache":
         """With further tokens. This one stays as it is, for others to go on from, too; with B = 1, for any B."""
-        m, stop, room = self.k.shape[1], self.k.shape[1] + k.shape[1], self.room
-        if room and room[2] == m and room[0][:, m:stop].shape == k.shape and not torch.is_grad_enabled():
-            room[0][:, m:stop], room[1][:, m:stop] = k, v  # nobody else has gone on from here
-        else:  # memory in SDPA's own order (B, g, m, c), in which a single row attends faster
-            free = k.new_empty(len(k), ROOM, *k.shape[2:])
-            pieces = ((old.expand(len(k), -1, -1, -1), new, free) for old, new in ((self.k, k), (self.v, v)))
-            room = [torch.cat([t.transpose(1, 2) for t in three], dim=2).transpose(1, 2) for three in pieces] + [stop]
-        room[2] = stop
-        positions = torch.cat((self.positions.expand(len(k), -1), positions), dim=1)
-        longer = LayerCache(room[0][:, :stop], room[1][:, :stop], positions)
+        (B, n, g, c), m, room = k.shape, self.k.shape[1], self.room
+        if not (room and room[2] == m and room[0][:, m : m + n].shape == k.shape and not torch.is_grad_enabled()):
+            # No room, or others have gone on from here. Memory in SDPA's order, in which a single row attends faster.
+            room = [k.new_empty(B, g, m + n + ROOM, c).transpose(1, 2) for _ in range(2)] + [m]
+            room[0][:, :m], room[1][:, :m] = self.k, self.v
+        room[0][:, m : m + n], room[1][:, m : m + n], room[2] = k, v, m + n
+        positions = torch.cat((self.positions.expand(B, -1), positions), dim=1)
+        longer = LayerCache(room[0][:, : m + n], room[1][:, : m + n], positions)
         longer.__dict__["room"] = room
         return longer
 

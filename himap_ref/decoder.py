@@ -148,8 +148,9 @@ class LlamaDecoder(nn.Module):
 
         for i, layer in enumerate(self.layers):
             q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)  # of all rows that entered
-            seen = LayerCache(k, v, positions) if cache is None else cache[i].then(k, v, positions)
-            out_cache.append(seen)  # all that ever entered this layer
+            before = cache[i] if cache else LayerCache(k[:, :0], v[:, :0], positions[:, :0])
+            seen = before.then(k, v, positions)  # all that ever entered this layer
+            out_cache.append(seen)
             entered, ranking, going = x.shape[1], 0, None  # ranking: rows of A that a score read; going: None, if all
 
             if stage := stage_at.get(i + 1):  # HiMAP: stage 1 on entry to layer K1, stage 2 on entry to K2

@@ -43,7 +43,7 @@ def test_reading_path():
     """A reading path that is longer than it is said to be, or too long to be read."""
     path = [f for f in (ROOT / "himap_ref").glob("[!_]*.py") if f.name not in ("image.py", "prompt.py")]
     lines = {f.name: len(f.read_text().splitlines()) for f in path}
-    assert sum(lines.values()) <= 950 and max(lines.values()) <= 220 and "eleven files, 950 lines" in README
+    assert sum(lines.values()) <= 950 and max(lines.values()) <= 220 and "eleven files, 949 lines" in README
     loop = (ROOT / "himap_ref/decoder.py").read_text().split("for i, layer in enumerate(self.layers):")[1]
     assert len(loop.split("hidden, padded")[0].splitlines()) <= 45
 

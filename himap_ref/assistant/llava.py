@@ -109,7 +109,9 @@ class Llava(LlavaModel):
         ids = ids[: ids.index(self.config.image_token_index)]
         if not ids:
             raise HimapError("nothing stands before the picture, neither BOS nor text: there is no prefix to compute")
-        return Past(ids, self.language_model(self.embed(ids, None)[None]).cache, self.fingerprint(), len(ids))
+        cache = self.language_model(self.embed(ids, None)[None]).cache
+        cache = [layer.item(0) for layer in cache]  # without room to write in: many may go on from it at once
+        return Past(ids, cache, self.fingerprint(), len(ids))
 
     @torch.no_grad()
     def generate(
