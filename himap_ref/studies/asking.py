@@ -17,11 +17,12 @@ Ask = Callable[[list[Example], list[Image.Image]], list]  # questions, their pic
 
 
 def ask_each(examples: Sequence[Example], size: int, ask: Ask) -> Iterator[tuple[Example, Any]]:
-    """(example, what `ask` makes of it), in batches of at most `size`.
+    """(example, what `ask` makes of it), in batches of at most `size`, short questions first: less padding.
 
     A question whose picture cannot be read comes with its HimapError. A batch for which `ask` raises one is asked again
     one by one, so that the error stands beside the question it belongs to.
     """
+    examples = sorted(examples, key=lambda example: len(example.question))
     for start in range(0, len(examples), size):
         readable = []
         for example in examples[start : start + size]:
