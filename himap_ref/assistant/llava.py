@@ -140,7 +140,7 @@ class Llava(LlavaModel):
         images: list[Any] = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
         self._check(images, questions, past)
         stages = self.himap if stages == "himap" else stages
-        stages_by_layer(stages, len(self.language_model.layers))  # a mistake in them is one without a picture, too
+        stages_by_layer(stages, len(self.language_model.layers))  # checked without a picture, too
         config, decoder, device = self.config, self.language_model, self.language_model.norm.weight.device
         begun, N, image_embeds = clock(device), 0, None
         if images[0] is not None:
