@@ -16,9 +16,9 @@ from himap_ref import HimapError, Llava
 from himap_ref.checkpoint import config
 from himap_ref.checkpoint.config import build
 from himap_ref.methods import schedules
-from himap_ref.studies import fuzz, questions
+from himap_ref.studies import fuzz, question_files
 from himap_ref.studies.fuzz import FILES, Workspace, attempt, case, join_safetensors, split_safetensors, unpack
-from himap_ref.studies.questions import parse_questions
+from himap_ref.studies.question_files import parse_questions
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's accounting")
@@ -175,7 +175,7 @@ def test_lost_guards_are_noticed(workspace, monkeypatch):
     """A picture, a shard or a function from elsewhere, whose use ends in one of our errors as if it were refused."""
     elsewhere = json.dumps([fuzz.QUESTIONS[1] | {"image": "/etc/hostname"}]).encode()
     assert attempt(workspace, "questions.json", elsewhere) == "refused"
-    monkeypatch.setattr(questions, "_inside", lambda folder, name: folder / name)
+    monkeypatch.setattr(question_files, "_inside", lambda folder, name: folder / name)
     assert attempt(workspace, "questions.json", elsewhere).startswith("Wrong: reached open '/etc/hostname'")
 
     index = json.dumps({"weight_map": {"a": "../model/model.safetensors"}}).encode()
@@ -206,10 +206,10 @@ def test_misread_files_are_noticed(workspace, monkeypatch):
         assert outcome == "Wrong: image_std is (1.0, 1.0, 1.0), the file says (0.5, 0.5, 0.5)"
     monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[:2])
     outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
-    assert outcome.startswith("ValueError: zip() argument 2 is longer")
+    assert outcome == "Wrong: 2 of 3 entries are there"
     monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[::-1])
     outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
-    assert outcome == "Wrong: entry '3' is not what the file holds"
+    assert outcome == "Wrong: entry '2' is not what the file holds"
 
 
 def test_command_survives_a_worker(monkeypatch, capsys):

@@ -7,7 +7,9 @@ import pytest
 from toys import noise
 
 from himap_ref import HimapError
-from himap_ref.studies.questions import Example, add_question_arguments, load_examples, scene_examples
+from himap_ref.studies.examples import Example
+from himap_ref.studies.question_files import SEVERAL
+from himap_ref.studies.questions import add_question_arguments, load_examples, scene_examples
 from himap_ref.studies.scenes import CHOICE_HINT, KINDS, TEST, draw, make_questions, make_scene
 
 PLAIN = {"question_id": 7, "image": "a.png", "text": "Is there a cat?", "label": "yes"}
@@ -97,6 +99,99 @@ def test_evaluation_lines(ask, folder):
     assert ask(json.dumps(PLAIN).encode()) == ask([PLAIN])  # one line alone is no list
 
 
+CHOICES = {"question_id": 7, "image": "a.png", "question": "Which?", "choices": ["red", "blue"]}
+LISTED = "Which?\nA. red\nB. blue"
+PARTS = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which?"}]
+
+
+def chat(content, answer="B", **more):
+    said = [{"role": "system", "content": "s"}, {"role": "user", "content": content}]
+    return {"id": 7, "messages": [*said, {"role": "assistant", "content": answer}], **more}
+
+
+READ = {  # what stands there: (entry, question, answers, name of the picture)
+    "one picture in a list": ({**PLAIN, "image": ["a.png"]}, "Is there a cat?", "yes", "a.png"),
+    "images": ({**PLAIN, "image": None, "images": ["a.png"]}, "Is there a cat?", "yes", "a.png"),
+    "images, the same twice": ({**PLAIN, "images": ["a.png"]}, "Is there a cat?", "yes", "a.png"),
+    "an object with a path": ({**PLAIN, "image": {"path": "a.png", "bytes": None}}, "Is there a cat?", "yes", "a.png"),
+    "Windows' slashes": ({**PLAIN, "image": "b\\a.png"}, "Is there a cat?", "yes", "b/a.png"),
+    "no picture": ({**PLAIN, "image": None}, "Is there a cat?", "yes", None),
+    "blank picture": ({**PLAIN, "image": " "}, "Is there a cat?", "yes", None),
+    "empty list": ({**PLAIN, "image": [], "images": [None, ""]}, "Is there a cat?", "yes", None),
+    "fields about no picture": ({**PLAIN, "image": "", "image_id": None, "has_image": False}, "Is there a cat?", "yes",
+                                None),
+    "roles": (chat("<image>\nWhich?", image="a.png"), "Which?", "B", "a.png"),
+    "roles, from and value": ({"id": 7, "conversations": [{"from": "user", "value": "Which?"},
+                               {"from": "assistant", "value": "B"}]}, "Which?", "B", None),
+    "parts": (chat(PARTS), "Which?", "B", "a.png"),
+    "parts after the text": (chat(PARTS[::-1]), "Which?", "B", "a.png"),
+    "parts, named beside": (chat([{"type": "image"}, PARTS[1]], images=["a.png"]), "Which?", "B", "a.png"),
+    "parts, named twice": (chat(PARTS, image="a.png"), "Which?", "B", "a.png"),
+    "OpenAI's parts": (chat([PARTS[1], {"type": "image_url", "image_url": {"url": "a.png"}}]), "Which?", "B", "a.png"),
+    "an answer in parts": (chat(PARTS, [{"type": "text", "text": "B"}]), "Which?", "B", "a.png"),
+    "other roles": ({"id": 7, "conversation": [{"role": "Human", "content": "Which?"}, {"role": "Bot", "content": "B"}]},
+                    "Which?", "B", None),
+    "whole number": ({**PLAIN, "label": 3}, "Is there a cat?", "3", "a.png"),
+    "zero": ({**PLAIN, "label": 0}, "Is there a cat?", "0", "a.png"),
+    "number": ({**PLAIN, "label": 2.5}, "Is there a cat?", "2.5", "a.png"),
+    "whole number of a table": ({**PLAIN, "label": 3.0}, "Is there a cat?", "3", "a.png"),
+    "options": ({**CHOICES, "answer": "B"}, LISTED, "B", "a.png"),
+    "options by letter": ({**CHOICES, "choices": {"A": "red", "B": "blue"}, "answer": "B"}, LISTED, "B", "a.png"),
+    "options with letters": ({**CHOICES, "choices": ["A. red", "(B) blue"], "answer": "B"}, LISTED, "B", "a.png"),
+    "options there already": ({**CHOICES, "question": LISTED, "answer": "B"}, LISTED, "B", "a.png"),
+    "index": ({**CHOICES, "answer": 1}, LISTED, "B", "a.png"),
+    "index of listed options": ({**PLAIN, "text": LISTED, "label": 0.0}, LISTED, "A", "a.png"),
+    "index, options on a line": ({**PLAIN, "text": "Which? (A) dark red (B) blue", "label": 0},
+                                 "Which? (A) dark red (B) blue", "A", "a.png"),
+    "index by name": ({**CHOICES, "correct_choice_idx": 0}, LISTED, "A", "a.png"),
+    "option's text": ({**CHOICES, "answer": "blue"}, LISTED, "blue", "a.png"),
+    "a list of answers": ({**PLAIN, "label": ["yes"]}, "Is there a cat?", "yes", "a.png"),
+    "no label": ({"id": 7, "image": "a.png", "text": "Is there a cat?"}, "Is there a cat?", None, "a.png"),
+    "label null": ({**PLAIN, "label": None, "answers": []}, "Is there a cat?", None, "a.png"),
+    "label blank": ({**PLAIN, "label": " ", "answers": ["", " "]}, "Is there a cat?", None, "a.png"),
+    "nobody answers": ({"id": 7, "image": "a.png", "conversations": turns("Which?")}, "Which?", None, "a.png"),
+    "blank answer beside a label": ({"id": 7, "messages": turns("Which?", ""), "answer": "B"}, "Which?", "B", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("entry", "question", "answer", "picture"), READ.values(), ids=READ)
+def test_as_people_write_it(ask, folder, entry, question, answer, picture):
+    """A file of the field refused for its spelling, asked without its picture, or judged by another answer."""
+    answers, source = (answer,) if answer is not None else (), folder / picture if picture else None
+    assert ask([entry]) == [Example("7", question, answers, "", source)]
+
+
+def test_several_pictures_are_left_out(ask):
+    """One such entry that ends the file, that is asked with one of its pictures, or that goes uncounted."""
+    two = ["a.png", "b.png"]
+    entries = [{**PLAIN, "image": two}, {**PLAIN, "images": two}, {**PLAIN, "images": ["b.png"]},
+               chat([*PARTS, {"type": "image", "image": "b.png"}]), {**PLAIN, "image": two}]  # fmt: skip
+    *left_out, good = ask([*entries, OFFICIAL])
+    assert [(e.problem, e.source) for e in left_out] == [(SEVERAL, None)] * len(entries)
+    assert good.problem == "" and good.source and len({e.key for e in (*left_out, good)}) == len(entries) + 1
+    with pytest.raises(HimapError, match=SEVERAL):
+        left_out[0].picture()
+
+
+def test_one_id_over_several_questions(ask):
+    """TextVQA refused; one of its questions given another's answer; a key that changes when more are asked."""
+    other, third = {**PLAIN, "text": "Is there a dog?"}, {**PLAIN, "image": None}
+    entries = [PLAIN, other, {**PLAIN, "question_id": "7 #2"}, third, {**PLAIN, "category": "k"}]
+    examples = ask(entries)
+    assert [e.key for e in examples] == ["7", "7 #2", "7 #2 #2", "7 #3", "7 #4"] and {e.copies for e in examples} == {1}
+    assert [e.question for e in examples[:2]] == ["Is there a cat?", "Is there a dog?"]
+    assert all(ask(entries, "--limit", n) == examples[:n] for n in range(1, 6))
+    assert [e.key for e in ask([{**PLAIN, "question_id": "7 #2"}, PLAIN, other])] == ["7 #2", "7", "7 #3"]
+
+
+def test_copies_are_asked_once(ask):
+    """The same asked and counted twice, or dropped without a trace; contradicting answers taken for copies."""
+    examples = ask([PLAIN, OFFICIAL, {**PLAIN, "question_id": "7"}, {**PLAIN, "more": 1}])
+    assert [(e.key, e.copies) for e in examples] == [("7", 3), ("5", 1)]
+    with pytest.raises(HimapError, match="entry 2: id '7' asks this a second time with another answer"):
+        ask([PLAIN, {**PLAIN, "label": "no"}])
+
+
 def test_several_answers(ask):
     """VQA's ten cut down to the different or non-blank ones, or the single answer taken instead."""
     ten = ["red"] * 6 + ["Red", "", "dark red", "red"]
@@ -142,32 +237,46 @@ def test_picture_missing_or_broken(ask, folder, name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["../secret.png", "b/../../secret.png", "../pictures2/x.png", "link.png", "up/secret.png", "{tmp}/secret.png"],
-)
-def test_pictures_stay_in_the_folder(ask, tmp_path, folder, name):
-    """A question file from somewhere else chooses what is read on this machine."""
+    ("name", "message"),
+    [
+        ("../secret.png", "leads out"), ("b/../../secret.png", "leads out"), ("../pictures2/x.png", "leads out"),
+        ("b/..\\..\\secret.png", "leads out"), ("..\\secret.png", "leads out"), ("{tmp}/secret.png", "leads out"),
+        ("up/../../secret.png", "leads out"), ("\\\\host\\share\\a.png", "leads out"), ("//host/a.png", "leads out"),
+        ("C:\\a.png", "is elsewhere"), ("c:/a.png", "is elsewhere"), ("C:a.png", "is elsewhere"),
+        ("https://example.com/a.png", "is elsewhere"), ("file:///etc/hostname", "is elsewhere"),
+        ("file:/etc/hostname", "is elsewhere"), ("data:image/png;base64,AAAA", "is elsewhere"),
+    ],
+)  # fmt: skip
+def test_pictures_stay_in_the_folder(ask, tmp_path, folder, name, message):
+    """A question file from somewhere else chooses what is read on this machine, or what is fetched."""
     noise(4, 4).save(tmp_path / "secret.png")
-    (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "up").symlink_to(tmp_path)
-    with pytest.raises(HimapError, match="entry 2: image .* leads out of the image folder"):
-        ask([OFFICIAL, {**PLAIN, "image": name.format(tmp=tmp_path)}])
+    for change in ({"image": name.format(tmp=tmp_path)}, {"images": [name.format(tmp=tmp_path)], "image": None}):
+        with pytest.raises(HimapError, match=f"entry 2: image .* {message}"):
+            ask([OFFICIAL, {**PLAIN, **change}])
 
 
-def test_links_and_dots_within_the_folder(ask, folder):
-    """Paths refused that lead nowhere else."""
+def test_links_and_dots_within_the_folder(ask, tmp_path, folder):
+    """Data sets in the hub's cache, or linked into one folder, refused; paths that lead nowhere else."""
+    (tmp_path / "blobs").mkdir()
+    noise(5, 5).save(tmp_path / "blobs" / "0a1b", "png")
+    (folder / "hub.jpg").symlink_to("../blobs/0a1b")
+    (folder / "coco").symlink_to(tmp_path / "blobs")
     (folder / "b").mkdir()
     (folder / "b" / "link.png").symlink_to(folder / "a.png")
-    for name in ("b/../a.png", "b/link.png", str(folder / "a.png")):
+    for name in ("hub.jpg", "coco/0a1b"):
+        assert ask([{**PLAIN, "image": name}])[0].picture().size == (5, 5)
+    for name in ("b/../a.png", "b\\link.png", "coco/../a.png", str(folder / "a.png")):
         assert ask([{**PLAIN, "image": name}])[0].picture().size == (8, 6)
 
 
 def test_the_folder_may_be_a_link(tmp_path, folder):
     """Everything refused because the folder's own name leads elsewhere."""
     (tmp_path / "set").symlink_to(folder)
-    (tmp_path / "q.json").write_text(json.dumps([PLAIN]))
-    (example,), _ = load("--questions", tmp_path / "q.json", "--image-folder", tmp_path / "set")
-    assert example.picture().size == (8, 6)
+    for name in ("a.png", str(tmp_path / "set" / "a.png"), str(folder / "a.png")):
+        (tmp_path / "q.json").write_text(json.dumps([{**PLAIN, "image": name}]))
+        (example,), _ = load("--questions", tmp_path / "q.json", "--image-folder", tmp_path / "set")
+        assert example.picture().size == (8, 6)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +285,18 @@ def test_the_folder_may_be_a_link(tmp_path, folder):
         ({"id": None}, "`id`.*not nothing"),
         ({"id": True}, "`id`.*not bool"),
         ({"id": ["5"]}, "`id`.*not list"),
-        ({"id": "7"}, "'7' was there before"),  # 7 in the entry before
-        ({"image": None}, "no image"),
-        ({"image": ["a.png"]}, "no image.*found list"),
-        ({"image": " "}, "no image.*blank"),
+        ({"image": None}, "no image, but the question has <image>"),
+        ({"image": 3}, "no image.*found int"),
+        ({"image": float("nan")}, "no image.*found float"),
+        ({"image": [["a.png"]]}, "no image.*found list"),
+        ({"image": None, "conversations": turns("Which?"), "image_id": 9}, "no image, but `image_id`"),
+        ({"image": "", "conversations": turns("Which?"), "image_1": "a.png"}, "no image, but `image_1`"),
+        ({"image": [], "conversations": turns("Which?"), "file_name": "a.png"}, "no image, but `file_name`"),
+        ({"image": None, "conversations": turns([{"type": "image"}, {"type": "text", "text": "?"}])}, "has <image>"),
+        ({"conversations": turns([{"type": "video", "video": "a"}])}, "`content`: expected text, or parts"),
+        ({"conversations": turns(["Which?"])}, "`content`: expected text, or parts"),
+        ({"conversations": turns("Which?", [{"type": "image", "image": "a.png"}])}, "the answer holds a picture"),
+        ({"messages": "Which?", "conversations": None}, "`conversations`"),
         ({"image": "a\0.png"}, "is not a path"),
         ({"image": "\ud800.png"}, "is not a path"),
         ({"conversations": None}, "`conversations`"),
@@ -188,14 +305,22 @@ def test_the_folder_may_be_a_link(tmp_path, folder):
         ({"conversations": turns("<image>\n", "B")}, "no question.*blank"),
         ({"conversations": turns(3, "B")}, "no question.*found int"),
         ({"conversations": [{"from": ["human"], "value": "Which?"}]}, "no question"),
-        ({"conversations": turns("Which?")}, "no answer"),
-        ({"conversations": turns("Which?") * 2}, "no answer"),
-        ({"conversations": turns("Which?", None)}, "no answer"),
-        ({"conversations": turns("Which?", ["B"])}, "no answer.*found list"),
-        ({"answers": "B"}, "`answers`"),
-        ({"answers": []}, "`answers`"),
-        ({"answers": ["", " "]}, "`answers`"),
-        ({"answers": ["B", 3]}, "`answers`"),
+        ({"conversations": turns("Which?", {"a": 1})}, "no answer.*found dict"),
+        ({"conversations": turns("Which?", True)}, "no answer: true may mean several"),
+        ({"conversations": turns("Which?", float("nan"))}, "no answer.*found float"),
+        ({"conversations": turns(LISTED, 2)}, "answer 2: expected an index from 0 on, of one of 2 options"),
+        ({"conversations": turns(LISTED, -1)}, "answer -1: expected an index"),
+        ({"conversations": turns(LISTED), "answer_index": "1"}, "answer '1': expected an index"),
+        ({"conversations": turns("Which?"), "answer_index": 1}, "answer 1: expected an index"),
+        ({"conversations": turns("How many?\nA. 2\nB. 1", 1)}, "answer 1: an index, or the option '1'"),
+        ({"options": "red, blue"}, "`options`: expected a list"),
+        ({"options": ["red"]}, "`options`: expected a list"),
+        ({"options": ["red", None]}, "no option"),
+        ({"options": ["red", "blue", "green"]}, "lists 2 options, `options` 3"),
+        ({"options": {"A": "red", "C": "blue"}}, "`options`: expected a list"),
+        ({"answers": {"a": 1}}, "no answer.*found dict"),
+        ({"answers": ["B", None]}, "`answers`"),
+        ({"answers": ["B", 2.5]}, "`answers`"),
         ({"answers": [{"text": "B"}]}, "`answers`"),
         ({"top5_res": [1, "2"]}, "`top5_res`"),
         ({"top5_res": 3}, "`top5_res`"),

@@ -28,6 +28,7 @@ from ..commands.report import markdown
 from ..errors import HimapError
 from ..methods.schedules import Method, parse_method
 from .evaluate import Evaluation, add_arguments
+from .metrics import cells
 from .plots import check_picture, figure
 from .sweep import Entry, line_of
 
@@ -76,16 +77,17 @@ def table(lines: list[dict]) -> str:
     kinds, rows = list(lines[0]["kinds"]), []
     header = ["stage 2 by", "first half", "mean place", "first tenth", "last tenth", "decoder", "accuracy", "95 %"]
     for line in lines:
-        second, (low, high) = line["stages"][1], line["interval"]
+        second = line["stages"][1]
         first, *_, last = ("-" if share is None else f"{share:.1%}" for share in second["survival"])
         rows.append([
             line["label"], f"{second['first_half']:.1%}", f"{second['mean_place']:.2f}", first, last,
-            f"{line['decoder_ratio']:.1%}", f"{line['accuracy']:.1%}", f"{low:.1%} - {high:.1%}",
+            f"{line['decoder_ratio']:.1%}", *cells(line["accuracy"], line["interval"]),
             *(f"{line['kinds'].get(kind, 0):.1%}" for kind in kinds),
         ])  # fmt: skip
     first = lines[0]["stages"][0]
     note = f"stage 1, the same for all: first half {first['first_half']:.1%}, mean place {first['mean_place']:.2f}"
-    return f"{markdown([*header, *kinds], rows)}\n\n{note}; n = {lines[0]['n']}"
+    left_out = f", {lines[0]['left_out']} left out" if lines[0]["left_out"] else ""
+    return f"{markdown([*header, *kinds], rows)}\n\n{note}; n = {lines[0]['n']}{left_out}"
 
 
 def draw(lines: list[dict], grid: int, path: Path) -> None:
@@ -94,7 +96,7 @@ def draw(lines: list[dict], grid: int, path: Path) -> None:
         x = [(tenth + 0.5) / TENTHS for tenth in range(TENTHS)]
         for line in lines:
             survival = [float("nan") if share is None else share for share in line["stages"][1]["survival"]]
-            left.plot(x, survival, marker="o", label=f"{line['label']}: {line['accuracy']:.1%} right")
+            left.plot(x, survival, marker="o", label=f"{line['label']}: {cells(line['accuracy'], line['interval'])[0]}")
         left.set(xlabel="place among the image tokens that entered stage 2", ylabel="share kept", ylim=(0, None))
         left.legend(fontsize=8)
         highest = max(max(line["stages"][1]["often"]) for line in lines)

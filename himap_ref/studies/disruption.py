@@ -217,7 +217,7 @@ def answer(
         places = [i for i, ids in enumerate(prompts) if len(ids) == n]
         x = torch.stack([model.embed(prompts[i], images[i]) for i in places])
         span: Any = find_image_span(prompts[places[0]], model.config.image_token_index)  # never None with a picture
-        equal = Prompts(model.language_model, x, span, [f"{seed} {examples[i].id}" for i in places])
+        equal = Prompts(model.language_model, x, span, [f"{seed} {examples[i].key}" for i in places])
         for block in tqdm((None, *blocks), "blocks", leave=False):
             out = equal.generate(block, max_new_tokens, model.eos_token_ids)
             top5 = out.first_logits.float().topk(5).indices.tolist()
@@ -247,10 +247,11 @@ def summarize(rows: Sequence[dict], blocks: Sequence[Block]) -> dict[Block | Non
 
 def _figures(rows: Sequence[dict], name: str) -> dict:
     pairs = [(row["results"][name], row["results"][name_of(None)]) for row in rows]
-    hits = sum(holds(row["results"][name]["answer"], row["label"]) for row in rows)
+    labelled = [row for row in rows if row["label"]]
+    hits = sum(holds(row["results"][name]["answer"], row["label"]) for row in labelled)
     return {
-        "label": hits / len(rows),
-        "interval": wilson(hits, len(rows)),
+        "label": hits / len(labelled) if labelled else float("nan"),
+        "interval": wilson(hits, len(labelled)) if labelled else None,
         "same": mean(mine["answer"] == plain["answer"] for mine, plain in pairs),
         "top5": mean(jaccard(mine["top5"], plain["top5"]) for mine, plain in pairs),
     }
@@ -270,8 +271,9 @@ def table(figures: dict[Block | None, dict]) -> str:
     by_name = {name_of(block): f for block, f in figures.items()}
 
     def cells(name: str) -> str:
-        f, (low, high) = by_name[name], by_name[name]["interval"]
-        return f"{f['label']:.1%} ({low:.0%} - {high:.0%}) | {f['same']:.1%} | {f['top5']:.2f}"
+        f = by_name[name]
+        label = "{:.1%} ({:.0%} - {:.0%})".format(f["label"], *f["interval"]) if f["interval"] else "no labels"
+        return f"{label} | {f['same']:.1%} | {f['top5']:.2f}"
 
     lines = ["| blocked | " + " | ".join(f"{kind}: label (95 %) | same | top-5" for kind in kinds) + " |"]
     lines.append("|---" * (1 + 3 * len(kinds)) + "|")
@@ -358,8 +360,8 @@ def main() -> None:
         def ask(group: list[Example], pictures: list) -> list[dict]:
             return answer(model, group, pictures, blocks, args.seed, args.max_new_tokens)
 
-        record_each(examples, records, args.batch, ask, "questions")
-        report([records.rows[example.id] for example in examples], examples, blocks, args.plot)
+        rows = record_each(examples, records, args.batch, ask, "questions", needs_picture=True)
+        report(list(rows.values()), examples, blocks, args.plot)
 
 
 if __name__ == "__main__":

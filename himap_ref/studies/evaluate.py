@@ -5,18 +5,20 @@
 
 One JSON line per question goes to --out at once; the same command started again goes on where it stopped, also with
 more questions or another --batch (in half precision that may change an answer: see precision.py). One that cannot be
-asked (no picture, too long) is recorded with its error, counted apart, and asked again next time.
+asked (a missing file, too long) is recorded with its error, counted apart, and asked again next time. Questions without
+a picture are asked as text, those without a right answer are not judged; both are counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -29,17 +31,21 @@ from ..errors import HimapError
 from ..flops import pass_flops
 from ..methods.schedules import Method, parse_method
 from .asking import record_each
+from .examples import Example
 from .literature import paper_flops
 from .metrics import METRICS, Metric, interval
-from .questions import Example, add_question_arguments, load_examples
+from .questions import add_question_arguments, load_examples
 from .records import Records, load_recorded, results_path
+
+PREFILL = ("vision", "prefill")
 
 
 def answer(
     model: Llava, examples: Sequence[Example], pictures: Sequence, method: Method, max_new_tokens: int,
     past: Past | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """Greedy answers."""
+    """Greedy answers. pictures: one each, or None each; past: a prefix, for those with one."""
+    past = past if pictures[0] is not None else None  # without <image>, other tokens may stand before the question
     questions = [example.question for example in examples]
     answers: Any = model.generate(pictures, questions, method.stages, max_new_tokens, reducer=method.reducer, past=past)
     return answers  # a list, as the questions are one
@@ -62,7 +68,7 @@ class Evaluation:
         if min(args.batch, args.max_new_tokens) < 1:
             raise HimapError("--batch and --max-new-tokens: must be at least 1")
         examples, data = load_examples(args)
-        METRICS[args.metric].check(examples)
+        METRICS[args.metric].check([example for example in examples if example.answers])
         model, weights = load_recorded(args)
         settings = {**weights, **data, "metric": args.metric, "max_new_tokens": args.max_new_tokens}
         return cls(model, examples, METRICS[args.metric], args.max_new_tokens, args.batch, settings)
@@ -70,7 +76,7 @@ class Evaluation:
     def run(self, method: Method, out: Path, with_kept: bool = False) -> tuple[dict, dict[str, dict]]:
         """Answers what is not recorded yet; returns the summary and each question's row.
 
-        out: see `results_path`. with_kept: also record the tokens each stage kept.
+        out: see `results_path`. with_kept: also record the tokens each stage kept, of questions with a picture alone.
         """
 
         def ask(examples: list[Example], pictures: list) -> list[dict]:
@@ -84,22 +90,22 @@ class Evaluation:
         settings = {**self.settings, **method.settings(), "kept_tokens": with_kept}
         path = results_path(out, method.name, settings)
         with Records(path, settings) as records:
-            record_each(self.examples, records, self.batch, ask, method.name)
-            rows = {example.id: records.rows[example.id] for example in self.examples}
+            rows = record_each(self.examples, records, self.batch, ask, method.name, needs_picture=with_kept)
         return {**self.summarize(method, rows), "file": str(path)}, rows
 
     def _row(self, example: Example, answer: Answer, batch: int, steps: int) -> dict:
         """What is recorded of one answer. seconds: its batch's; decode_steps: how many it took for all its answers."""
         flops, text = answer.flops, self.model.config.text_config
-        vanilla, span = flops.vanilla or flops, cast(tuple[int, int], answer.image_span)  # never None with a picture
+        vanilla, span = flops.vanilla or flops, answer.image_span
         return ({"kind": example.kind} if example.kind else {}) | {
+            "question": example.question,
             "answer": answer.text,
             "label": list(example.answers),
-            "correct": self.metric.score(answer.text, example) if self.metric.score else None,
+            "correct": self.metric.score(answer.text, example) if self.metric.score and example.answers else None,
             "finish": answer.finish,
             "prompt_tokens": len(answer.prompt_ids),
             "new_tokens": len(answer.token_ids),
-            "kept": [span[1] - span[0], *(len(stage.kept) for stage in answer.trace.stages)],
+            "kept": [span[1] - span[0], *(len(stage.kept) for stage in answer.trace.stages)] if span else [],
             "flops": {"total": flops.total, "decoder": flops.decoder},
             "vanilla_flops": {"total": vanilla.total, "decoder": vanilla.decoder},
             "batch_flops": answer.batch_flops,
@@ -112,10 +118,11 @@ class Evaluation:
 
     def summarize(self, method: Method, rows: dict[str, dict]) -> dict:
         """Figures over all questions that were answered; raises HimapError if none was."""
-        answered = [(rows[e.id], e) for e in self.examples if "error" not in rows[e.id]]
+        answered = [(rows[e.key], e) for e in self.examples if "error" not in rows[e.key]]
         if not answered:
-            raise HimapError(f"no question could be asked; the first: {rows[self.examples[0].id]['error']}")
+            raise HimapError(f"no question could be asked; the first: {rows[self.examples[0].key]['error']}")
         done, config = [row for row, _ in answered], self.model.config
+        with_picture = [row for row, example in answered if example.source is not None]
         tokens = [m.tokens_per_layer(config) for m in (method, Method("none"))]
         image_only, vanilla = (paper_flops(config.text_config, per_layer) for per_layer in tokens)
         decode = [row["seconds"]["decode"] / row["decode_steps"] for row in done if row["decode_steps"]]
@@ -127,23 +134,38 @@ class Evaluation:
 
         return {
             "method": method.name,
+            "judged_by": f"{self.metric.name}: {self.metric.about}",
             "n": len(done),
             "errors": len(self.examples) - len(done),
-            "metrics": self.metric.summary([(row["answer"], example) for row, example in answered]),
-            "interval": interval([row["correct"] for row in done]) if self.metric.score else None,
-            "kept": [mean(counts) for counts in zip(*(row["kept"] for row in done), strict=True)],
+            "left_out": Counter(example.problem for example in self.examples if example.problem),
+            "repeated": sum(example.copies - 1 for example in self.examples),
+            **self._judged(answered),
+            "with_picture": self._judged([pair for pair in answered if pair[1].source is not None]),
+            "text_only": self._judged([pair for pair in answered if pair[1].source is None]),
+            "kept": [mean(counts) for counts in zip(*(row["kept"] for row in with_picture), strict=True)],
             "flops": mean(row["flops"]["total"] for row in done),
             "prefix_flops": self.settings.get("prefix_flops", 0),
             "executed": executed,
             "ratio": share("total"),
             "decoder_ratio": share("decoder"),
             "image_only_ratio": image_only / vanilla,
-            "seconds": {part: median(row["seconds"][part] for row in done) for part in ("vision", "prefill")}
+            "seconds": {part: median(row["seconds"][part] for row in with_picture or done) for part in PREFILL}
             | {"decode_step": median(decode) if decode else 0.0},
             "batch": max(row["batch"] for row in done),
             "cut": sum(row["finish"] != "eos" for row in done),
             "kv_cache_bytes": mean(row["kv_cache_bytes"] for row in done),
             "peak_bytes": max(row["peak_bytes"] for row in done),
+        }
+
+    def _judged(self, answered: Sequence[tuple[dict, Example]]) -> dict:
+        """How many were asked, how many of them have an answer to be judged by, and how those came out."""
+        labelled = [(row, example) for row, example in answered if example.answers]
+        scores = [row["correct"] for row, _ in labelled]
+        return {
+            "asked": len(answered),
+            "labelled": len(labelled),
+            "metrics": self.metric.summary([(row["answer"], e) for row, e in labelled]) if labelled else {},
+            "interval": interval(scores) if self.metric.score and labelled else None,
         }
 
 
@@ -162,16 +184,37 @@ def peak_memory(device: str | torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def judged_lines(summary: dict) -> dict[str, str]:
+    """The metric's figures of all questions with a label, then apart of those with a picture and as text, if both."""
+    lines: dict[str, str] = {}
+    parts = [("", summary)]
+    if summary["text_only"]["asked"] and summary["with_picture"]["asked"]:
+        parts += [("  with a picture", summary["with_picture"]), ("  text only", summary["text_only"])]
+    for part, s in parts:
+        names = {name: f"{part}, {name}" if part else name for name in s["metrics"] or ["accuracy"]}
+        lines |= {names[name]: f"{value:.4g}" for name, value in s["metrics"].items()}
+        unlabelled = s["asked"] - s["labelled"]
+        told = f" (n = {s['labelled']}{f', {unlabelled} more have no label' if unlabelled else ''})"
+        first = next(iter(names.values()))
+        lines[first] = lines[first] + told if s["metrics"] else f"no labels for {s['asked']} answers"
+        if s["interval"]:
+            lines[f"{part or ' '} 95 % interval"] = "{:.4g} - {:.4g}".format(*s["interval"])
+    return lines
+
+
 def table(summary: dict) -> str:
     """The summary, a figure a line."""
     s, seconds = summary, summary["seconds"]
-    batch = f", of a batch of {s['batch']}" if s["batch"] > 1 else ""
+    batch, text_only = f", of a batch of {s['batch']}" if s["batch"] > 1 else "", s["text_only"]["asked"]
     lines = {
         "method": s["method"],
         "questions": f"{s['n']} answered, {s['errors']} could not be asked, {s['cut']} answers cut at the limit",
-        **{name: f"{value:.4g}" for name, value in s["metrics"].items()},
-        **({"  95 % interval": "{:.4g} - {:.4g}".format(*s["interval"])} if s["interval"] else {}),
-        "image tokens": " -> ".join(f"{count:g}" for count in s["kept"]),
+        **({"  text only": f"{text_only} of those answered have no picture"} if text_only else {}),
+        **({"  left out": "; ".join(f"{n}: {why}" for why, n in s["left_out"].items())} if s["left_out"] else {}),
+        **({"  repeated": f"{s['repeated']} entries are copies of one before: asked once"} if s["repeated"] else {}),
+        "judged by": s["judged_by"],
+        **judged_lines(s),
+        "image tokens": " -> ".join(f"{count:g}" for count in s["kept"]) or "none: no question has a picture",
         "FLOPs": f"{amount(s['flops'])}FLOPs an answer, {s['ratio']:.1%} of vanilla",
         **({"  prefix": f"{amount(s['prefix_flops'])}FLOPs more, once for all answers"} if s["prefix_flops"] else {}),
         "  decoder": f"{s['decoder_ratio']:.1%} of vanilla: whole prompt and answer, as executed for each alone",
@@ -191,7 +234,8 @@ def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, batch: i
     """All that `Evaluation.from_args` reads."""
     add_model_arguments(parser)
     add_question_arguments(parser)
-    parser.add_argument("--metric", default="exact", choices=METRICS, help="default: exact")
+    metrics = "; ".join(f"{name}: {metric.about}" for name, metric in METRICS.items())
+    parser.add_argument("--metric", default="exact", choices=METRICS, help=f"default: exact. {metrics}")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument("--batch", type=int, default=batch, help="questions at a time; 1 times each by itself")
 

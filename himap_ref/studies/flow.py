@@ -203,11 +203,12 @@ def prepare(model: Llava, example: Example, label: str) -> tuple[ForwardPass, di
     ids, context = model.encode(example.question), model.config.text_config.max_position_embeddings
     if len(ids) > context:
         raise HimapError(f"the prompt has {len(ids)} tokens, the model's context {context}: shorten the question")
+    said = None if label == "greedy" else answer_label(model, example)
     with torch.no_grad():
         image_embeds = model.embed_image(model.preprocess(example.picture()))[0]
         run = ForwardPass(model.language_model, model.embed(ids, image_embeds)[None])
     span = find_image_span(ids, model.config.image_token_index)
-    target = int(run.logits.argmax()) if label == "greedy" else answer_label(model, example)
+    target = int(run.logits.argmax()) if said is None else said
     return run, groups_of(cast(tuple[int, int], span), len(ids)), target  # with a picture never None
 
 
@@ -379,8 +380,10 @@ def main() -> None:
     model, settings = load_recorded(args)
     settings = {**settings, **asked, "label": args.label}
     with Records(results_path(args.out, "flow", settings), settings) as records:
-        record_each(examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")
-    show(args, model, examples, [records.rows[example.id] for example in examples])
+        rows = record_each(
+            examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow", needs_picture=True
+        )
+    show(args, model, examples, list(rows.values()))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ from ..config import LlavaConfig
 from ..errors import HimapError
 from ..image import ImageProcessor
 from ..methods.schedules import parse_method
-from .questions import Example, parse_questions
+from .examples import Example
+from .labels import LETTERS
+from .question_files import parse_questions
 from .scenes import TEST, draw, make_scene
 
 SECONDS, BYTES = 20, 2**30  # what one case may take
@@ -204,8 +206,9 @@ class Workspace:
             examples = parse_questions(path.read_bytes(), self.root / "pictures", path.name)
             check_questions(examples, path.read_text("utf-8-sig"))
             for example in examples:
-                self.model.encode(example.question)
-                example.picture()
+                self.model.encode(example.question, 0 if example.source is None else None)
+                if example.source is not None:
+                    example.picture()
         else:
             if any(file.parent != path.parent for file in tensor_files(path.parent)):
                 raise Wrong("a shard in another folder")
@@ -267,13 +270,23 @@ def check_processor(processor: ImageProcessor, folder: Path) -> None:
 
 
 def check_questions(examples: list[Example], text: str) -> None:
-    """Raises Wrong unless every entry of the file is there, with its own id and answers."""
+    """Raises Wrong unless every entry of the file is there, in its place, with its own id and answers."""
     lines = [text] if text.lstrip().startswith("[") else [line for line in text.split("\n") if line.strip()]
     entries = [json.loads(line) for line in lines]
     entries = entries[0] if text.lstrip().startswith("[") else entries
-    for example, entry in zip(examples, entries, strict=True):
-        if not {example.id, *example.answers} <= {str(leaf) for leaf in leaves(entry)}:
+    rest = iter(entries)
+    for example in examples:  # copies of an entry may stand between two others
+        if not any({example.id, *example.answers} <= {text for leaf in leaves(entry) for text in texts(leaf)}
+                   for entry in rest):  # fmt: skip
             raise Wrong(f"entry {example.id!r} is not what the file holds")
+    if (asked := sum(example.copies for example in examples)) != len(entries):
+        raise Wrong(f"{asked} of {len(entries)} entries are there")
+
+
+def texts(leaf: object) -> set[str]:
+    """As what a value may be read: a number as text, or as the index of a letter."""
+    index = int(leaf) if isinstance(leaf, int | float) and 0 <= leaf < len(LETTERS) else None
+    return {str(leaf), str(leaf).removesuffix(".0")} | ({LETTERS[index]} if index is not None else set())
 
 
 def leaves(tree: object) -> Iterator:

@@ -16,16 +16,21 @@ from typing import Any
 import torch
 
 from ..errors import HimapError
-from .questions import Example
+from .examples import Example
+from .labels import LETTERS, options_of
 
 Answered = Sequence[tuple[str, Example]]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """score: of one answer, None if only all together can be judged. figures: of all; by default the mean score."""
+    """score: of one answer, None if only all together can be judged. figures: of all; by default the mean score.
+
+    about: what counts as right, for those who read the figures. Only questions with an answer are given to it.
+    """
 
     name: str
+    about: str
     score: Callable[[str, Example], float] | None
     figures: Callable[[Answered], dict[str, float]] | None = None
     check: Callable[[Sequence[Example]], object] = lambda examples: None  # raises HimapError before hours of asking
@@ -49,6 +54,68 @@ def exact(answer: str, example: Example) -> float:
     The official HiMAP code judges its letters so (`outputs.strip() == label`): "B." and "B. Rhode Island" are wrong.
     """
     return float(answer.strip() in {right.strip() for right in example.answers})
+
+
+# ---------------------------------------------------------------- letters
+
+
+def scienceqa_letter(answer: str) -> str:
+    """The letter that LLaVA reads in an answer, "" where it says FAILED: llava/eval/eval_science_qa.py as released.
+
+    Its rule: just the letter, or "A. ...", or "The answer is A" and one more character, once.
+    """
+    text = answer.strip()  # as LLaVA writes its answers
+    if text in tuple("ABCDE") or (text[:1] in tuple("ABCDE") and text[1:3] == ". "):
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 else ""
+
+
+SAYS = (
+    re.compile(r"\A[\W_]*([A-Za-z])[\W_]*\Z"),  # (A), **A**, a.
+    re.compile(r"\A[\W_]*([A-Z])[)*]*[.:)*]+\s"),  # A) red, (A) red, A: red
+    re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|boxed)(?: is|:)*[\W_]*([A-Z])(?=[\W_]*\Z|[.:;,)*}])"),  # Answer: A
+)
+
+
+def choice_letter(answer: str, options: Sequence[str]) -> str:
+    """The letter in any plain form, or that of the option which the answer spells out; "" for none."""
+    for form in SAYS:
+        said = {letter.upper() for letter in form.findall(answer)}
+        if len(said) == 1 and said <= {*LETTERS[: len(options) or None]}:
+            return said.pop()
+    words = [normalize(option) for option in options]
+    return LETTERS[words.index(normalize(answer))] if words.count(normalize(answer)) == 1 else ""
+
+
+def right_letters(example: Example) -> set[str]:
+    """Of the right answers, written as a letter in any form or as the option's text."""
+    letters = {choice_letter(right, options_of(example.question)) for right in example.answers}
+    if "" in letters:
+        answers = " or ".join(map(repr, example.answers))
+        raise HimapError(f"the right answer of {example.id}, {answers}, is no letter, nor one of its options: "
+                         "choose another metric")  # fmt: skip
+    return letters
+
+
+def scienceqa(answer: str, example: Example) -> float:
+    return float(scienceqa_letter(answer) in right_letters(example))
+
+
+def choice(answer: str, example: Example) -> float:
+    return float(choice_letter(answer, options_of(example.question)) in right_letters(example))
+
+
+def _are_letters(examples: Sequence[Example]) -> None:
+    for example in examples:
+        right_letters(example)
+
+
+def _bare_letters(examples: Sequence[Example]) -> None:
+    """Nothing that a model says equals "(B)" or "B. red": it would all be wrong."""
+    for example in examples:
+        if other := next((right for right in example.answers if not re.fullmatch(r"\s*[A-Za-z]\s*", right)), None):
+            raise HimapError(f"letter: the right answer of {example.id} is {other!r}, no letter: try choice or exact")
 
 
 # ---------------------------------------------------------------- VQA accuracy
@@ -177,11 +244,14 @@ def cider(answered: Answered) -> dict[str, float]:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("letter", exact),  # by the name under which readers of the official code look for it
-        Metric("exact", exact),
-        Metric("vqa", vqa),
-        Metric("pope", pope, pope_figures, check=lambda examples: [_is_yes(example) for example in examples]),
-        Metric("cider", None, cider, check=_find_cider),
+        Metric("letter", "the letter and nothing else: the official HiMAP code", exact, check=_bare_letters),
+        Metric("scienceqa", "A, A. ..., The answer is A.: LLaVA's eval_science_qa.py", scienceqa, check=_are_letters),
+        Metric("choice", "the letter in any form, (A) or A) ..., or its option's text", choice, check=_are_letters),
+        Metric("exact", "equal to a right answer, case and full stops and all", exact),
+        Metric("vqa", "VQA accuracy: agrees with three of ten people", vqa),
+        Metric("pope", "no if the first sentence says so, else yes: LLaVA's eval_pope.py", pope, pope_figures,
+               check=lambda examples: [_is_yes(example) for example in examples]),
+        Metric("cider", "CIDEr-D by pycocoevalcap", None, cider, check=_find_cider),
     )
 }
 
@@ -208,6 +278,13 @@ def bootstrap(scores: Sequence[float], seed: int = 0, repeats: int = 2000) -> tu
 def interval(scores: Sequence[float]) -> tuple[float, float]:
     """95 % interval of their mean: Wilson's for hits and misses, else the bootstrap's."""
     return wilson(int(sum(scores)), len(scores)) if set(scores) <= {0, 1} else bootstrap(scores)
+
+
+def cells(accuracy: float | None, interval: tuple[float, float] | None) -> list[str]:
+    """Accuracy and its interval for a table; None and None: nobody has said what is right."""
+    return ["no labels", ""] if accuracy is None or interval is None else [
+        f"{accuracy:.1%}", "{:.1%} - {:.1%}".format(*interval)
+    ]  # fmt: skip
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:

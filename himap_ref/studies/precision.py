@@ -34,8 +34,8 @@ from ..errors import HimapError
 from ..methods.schedules import Method, parse_method
 from .asking import record_each
 from .evaluate import Evaluation, add_arguments, answer
-from .metrics import interval, paired
-from .questions import Example
+from .examples import Example
+from .metrics import cells, interval, paired
 from .records import Records, results_path
 
 HALVES = ("bfloat16", "float16")
@@ -91,7 +91,7 @@ def row_of(evaluation: Evaluation, example: Example, got: Answer) -> dict:
     stages, metric = got.trace.stages, cast(Any, evaluation.metric)  # one that judges each answer: see `main`
     return {
         "answer": got.text,
-        "correct": metric.score(got.text, example),
+        "correct": metric.score(got.text, example) if example.answers else None,
         "kept_tokens": [stage.kept.tolist() for stage in stages],
         "scores": digest([stage.scores for stage in stages]),
         "logits": digest([got.first_logits]),
@@ -107,8 +107,7 @@ def measure(evaluation: Evaluation, method: Method, way: Way, out: Path) -> Rows
 
     settings = {**evaluation.settings, **method.settings(), "threads": way.threads, "batch": way.batch}
     with Records(results_path(out, f"{method.name} {way}", settings), settings) as records, threads(way.threads):
-        record_each(evaluation.examples, records, way.batch, ask, f"{method.name}, {way}")
-        return {example.id: records.rows[example.id] for example in evaluation.examples}
+        return record_each(evaluation.examples, records, way.batch, ask, f"{method.name}, {way}", needs_picture=True)
 
 
 def compare(mine: Rows, others: Rows) -> dict:
@@ -117,7 +116,8 @@ def compare(mine: Rows, others: Rows) -> dict:
     if not ids:
         raise HimapError(f"no question could be asked; the first: {[*mine.values()][0].get('error', 'see the others')}")
     pairs = [(mine[id], others[id]) for id in ids]
-    scores, before = ([row["correct"] for row in rows] for rows in zip(*pairs, strict=True))
+    judged = [pair for pair in pairs if pair[0]["correct"] is not None]
+    scores, before = ([pair[side]["correct"] for pair in judged] for side in (0, 1))
 
     def same(name: str) -> float:
         return mean(a[name] == b[name] for a, b in pairs)
@@ -128,8 +128,8 @@ def compare(mine: Rows, others: Rows) -> dict:
         "n": len(ids), "left_out": len(mine) - len(ids),
         "kept_differ": [mean(shares) for shares in zip(*strangers, strict=True)],
         **{f"same_{name}": same(name) for name in ("kept_tokens", "scores", "logits", "answer")},
-        "accuracy": mean(scores), "interval": interval(scores),
-        **{name: value for name, value in paired(before, scores).items() if name in ("lost", "won")},
+        "accuracy": mean(scores) if judged else None, "interval": interval(scores) if judged else None,
+        **{name: paired(before, scores)[name] if judged else "" for name in ("lost", "won")},
     }  # fmt: skip
 
 
@@ -141,14 +141,13 @@ def table(lines: Sequence[dict]) -> str:
               "bits: logits", "same answer", "lost", "won"]  # fmt: skip
     rows = []
     for line in lines:
-        low, high = line["interval"]
         compared = [" > ".join(f"{share:.2%}" for share in line["kept_differ"])]
         for name in ("kept_tokens", "scores", "logits", "answer"):
             has_it = line["kept_differ"] or name in ("logits", "answer")  # without stages there is nothing to choose
             compared.append(f"{line[f'same_{name}']:.1%}" if has_it else "")
         compared += [str(line["lost"]), str(line["won"])]
         rows.append([
-            line["method"], line["way"], line["beside"], f"{line['accuracy']:.1%}", f"{low:.1%} - {high:.1%}",
+            line["method"], line["way"], line["beside"], *cells(line["accuracy"], line["interval"]),
             *(compared if line["beside"] else [""] * len(compared)),
         ])  # fmt: skip
     counts = {(line["n"], line["left_out"]) for line in lines}

@@ -33,7 +33,7 @@ from ..methods.plan import plan_prefill
 from ..methods.schedules import METHODS, Method, parse_method
 from ..model import find_image_span
 from .evaluate import Evaluation, add_arguments
-from .metrics import bootstrap, interval, paired
+from .metrics import bootstrap, cells, interval, paired
 from .plots import check_picture, figure
 from .questions import Example
 
@@ -177,6 +177,7 @@ Rows = dict[str, dict]  # id -> what an evaluation recorded
 
 def kinds_of(rows: list[dict]) -> dict[str, float]:
     """Mean score by kind of question."""
+    rows = [row for row in rows if row["correct"] is not None]
     kinds = sorted({row["kind"] for row in rows if "kind" in row})
     return {kind: mean(row["correct"] for row in rows if row.get("kind") == kind) for kind in kinds}
 
@@ -185,26 +186,29 @@ def line_of(entry: Entry, measured: list[tuple[dict, Rows]], vanilla: Rows) -> d
     """An entry's figures over the questions that were answered in all of its runs and in vanilla.
 
     With several seeds a question's score is their mean, so that the interval is over questions; spread: of the seeds.
+    Of questions without a label only same_answer tells; where none has one, accuracy and all that follows are None.
     """
     runs = [rows for _, rows in measured]
     ids = [id for id in vanilla if all("error" not in rows[id] for rows in (vanilla, *runs))]
     if not ids:
         raise HimapError(f"{entry.label}: no question was answered both with and without pruning")
-    every = [[rows[id] for id in ids] for rows in runs]
-    scores = [mean(row["correct"] for row in same) for same in zip(*every, strict=True)]
-    by_seed = [mean(row["correct"] for row in rows) for rows in every]
-    before = [vanilla[id] for id in ids]
-    pairs = [paired([row["correct"] for row in before], [row["correct"] for row in rows]) for rows in every]
+    every, before = [[rows[id] for id in ids] for rows in runs], [vanilla[id] for id in ids]
+    judged = [id for id in ids if vanilla[id]["correct"] is not None]
+    by_seed = [[rows[id]["correct"] for id in judged] for rows in runs]
+    scores = [mean(same) for same in zip(*by_seed, strict=True)]
+    means = [mean(seed) for seed in by_seed] if judged else []
+    pairs = [paired([vanilla[id]["correct"] for id in judged], seed) for seed in by_seed] if judged else []
     summaries = [summary for summary, _ in measured]
     return {
         "group": entry.group, "label": entry.label, "methods": entry.methods,
-        "n": len(ids), "left_out": len(vanilla) - len(ids),
-        "accuracy": mean(scores), "interval": interval(scores) if len(runs) == 1 else bootstrap(scores),
-        "spread": (min(by_seed), max(by_seed)) if len(runs) > 1 else None,
+        "n": len(ids), "judged": len(judged), "left_out": len(vanilla) - len(ids),
+        "accuracy": mean(scores) if judged else None,
+        "interval": (interval(scores) if len(runs) == 1 else bootstrap(scores)) if judged else None,
+        "spread": (min(means), max(means)) if len(means) > 1 else None,
         **{name: mean(s[name] for s in summaries) for name in ("ratio", "decoder_ratio", "image_only_ratio")},
         "kept": summaries[0]["kept"],
         "same_answer": mean(a["answer"] == b["answer"] for rows in every for a, b in zip(before, rows, strict=True)),
-        **{name: mean(pair[name] for pair in pairs) for name in ("lost", "won")},
+        **{name: mean(pair[name] for pair in pairs) if judged else None for name in ("lost", "won")},
         "p": pairs[0]["p"] if len(pairs) == 1 else None,
         "kinds": kinds_of([row for rows in every for row in rows]),
     }  # fmt: skip
@@ -217,12 +221,13 @@ def table(lines: list[dict]) -> str:
     kinds, rows = list(lines[0]["kinds"]), []
     header = ["", "", "n", "FLOPs", "decoder", "image tokens", "accuracy", "95 %", "same answer", "lost", "won", "p"]
     for line in lines:
-        low, high = line["interval"]
+        accuracy, between = cells(line["accuracy"], line["interval"])
+        flips = ["" if line[name] is None else f"{line[name]:g}" for name in ("lost", "won")]
         spread = " ({:.1%} - {:.1%})".format(*line["spread"]) if line["spread"] else ""
         rows.append([
             line["group"], line["label"], str(line["n"]), f"{line['ratio']:.1%}", f"{line['decoder_ratio']:.1%}",
-            " > ".join(f"{count:g}" for count in line["kept"]), f"{line['accuracy']:.1%}{spread}",
-            f"{low:.1%} - {high:.1%}", f"{line['same_answer']:.1%}", f"{line['lost']:g}", f"{line['won']:g}",
+            " > ".join(f"{count:g}" for count in line["kept"]), accuracy + spread,
+            between, f"{line['same_answer']:.1%}", *flips,
             "" if line["p"] is None else f"{line['p']:.1g}", *(f"{line['kinds'].get(kind, 0):.1%}" for kind in kinds),
         ])  # fmt: skip
     return f"{markdown([*header, *kinds], rows)}\n\n(of several seeds the mean, in brackets their range)"
@@ -282,6 +287,8 @@ def main() -> None:
     evaluation = Evaluation.from_args(args)
     if evaluation.metric.score is None:
         raise HimapError(f"--metric {args.metric} judges all answers at once: a sweep needs one that judges each")
+    if args.plot and not any(example.answers for example in evaluation.examples):
+        raise HimapError(f"{args.questions}: no question has a label, so there is no accuracy for --plot to draw")
     lines, entries = [], entries_of(args, evaluation)
     vanilla: dict[str, dict] = {}
     for number, entry in enumerate(entries, start=1):
