@@ -119,7 +119,7 @@ def main() -> None:
     first, comma, second = args.schedule.partition(",")
     if not comma:
         raise HimapError(f"--schedule {args.schedule!r}: expected K1:KEEP1,K2:KEEP2, such as 2:0.5,8:0.25")
-    evaluation = Evaluation.from_args(args)
+    evaluation = Evaluation.from_args(args, needs_picture=True)
     if evaluation.metric.score is None:
         raise HimapError(f"--metric {args.metric} judges all answers at once: choose one that judges each")
     texts = {label: f"{first}:text_to_image,{second}:{score}" for label, score in SECOND.items()}

@@ -350,7 +350,7 @@ def main() -> None:
         raise HimapError("--batch and --max-new-tokens: must be at least 1")
     if args.plot:
         check_picture(args.plot)
-    examples, data = load_examples(args)
+    examples, data = load_examples(args, needs_picture=True)
     model, weights = load_recorded(args)
     blocks = blocks_of(args, model.config.text_config.num_hidden_layers)
     own = {name: getattr(args, name) for name in ("kinds", "readings", "layers", "keep_diagonal", "seed")}
@@ -360,7 +360,7 @@ def main() -> None:
         def ask(group: list[Example], pictures: list) -> list[dict]:
             return answer(model, group, pictures, blocks, args.seed, args.max_new_tokens)
 
-        rows = record_each(examples, records, args.batch, ask, "questions", needs_picture=True)
+        rows = record_each(examples, records, args.batch, ask, "questions")
         report(list(rows.values()), examples, blocks, args.plot)
 
 

@@ -64,10 +64,10 @@ class Evaluation:
     prefix: Past | None = None  # see `Llava.prefix`
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Evaluation:
+    def from_args(cls, args: argparse.Namespace, needs_picture: bool = False) -> Evaluation:
         if min(args.batch, args.max_new_tokens) < 1:
             raise HimapError("--batch and --max-new-tokens: must be at least 1")
-        examples, data = load_examples(args)
+        examples, data = load_examples(args, needs_picture)
         METRICS[args.metric].check([example for example in examples if example.answers])
         model, weights = load_recorded(args)
         settings = {**weights, **data, "metric": args.metric, "max_new_tokens": args.max_new_tokens}
@@ -76,7 +76,7 @@ class Evaluation:
     def run(self, method: Method, out: Path, with_kept: bool = False) -> tuple[dict, dict[str, dict]]:
         """Answers what is not recorded yet; returns the summary and each question's row.
 
-        out: see `results_path`. with_kept: also record the tokens each stage kept, of questions with a picture alone.
+        out: see `results_path`. with_kept: also record the tokens each stage kept.
         """
 
         def ask(examples: list[Example], pictures: list) -> list[dict]:
@@ -90,7 +90,7 @@ class Evaluation:
         settings = {**self.settings, **method.settings(), "kept_tokens": with_kept}
         path = results_path(out, method.name, settings)
         with Records(path, settings) as records:
-            rows = record_each(self.examples, records, self.batch, ask, method.name, needs_picture=with_kept)
+            rows = record_each(self.examples, records, self.batch, ask, method.name)
         return {**self.summarize(method, rows), "file": str(path)}, rows
 
     def _row(self, example: Example, answer: Answer, batch: int, steps: int) -> dict:
@@ -198,7 +198,7 @@ def judged_lines(summary: dict) -> dict[str, str]:
         first = next(iter(names.values()))
         lines[first] = lines[first] + told if s["metrics"] else f"no labels for {s['asked']} answers"
         if s["interval"]:
-            lines[f"{part or ' '} 95 % interval"] = "{:.4g} - {:.4g}".format(*s["interval"])
+            lines[f"{part}, 95 % interval" if part else "  95 % interval"] = "{:.4g} - {:.4g}".format(*s["interval"])
     return lines
 
 
@@ -211,7 +211,7 @@ def table(summary: dict) -> str:
         "questions": f"{s['n']} answered, {s['errors']} could not be asked, {s['cut']} answers cut at the limit",
         **({"  text only": f"{text_only} of those answered have no picture"} if text_only else {}),
         **({"  left out": "; ".join(f"{n}: {why}" for why, n in s["left_out"].items())} if s["left_out"] else {}),
-        **({"  repeated": f"{s['repeated']} entries are copies of one before: asked once"} if s["repeated"] else {}),
+        **({"  repeated": f"{s['repeated']}, copies of entries before them: asked once"} if s["repeated"] else {}),
         "judged by": s["judged_by"],
         **judged_lines(s),
         "image tokens": " -> ".join(f"{count:g}" for count in s["kept"]) or "none: no question has a picture",

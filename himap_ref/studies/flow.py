@@ -376,13 +376,11 @@ def main() -> None:
         check_picture(args.plot)
     if args.show:
         check_writable(args.show)
-    examples, asked = load_examples(args)
+    examples, asked = load_examples(args, needs_picture=True)
     model, settings = load_recorded(args)
     settings = {**settings, **asked, "label": args.label}
     with Records(results_path(args.out, "flow", settings), settings) as records:
-        rows = record_each(
-            examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow", needs_picture=True
-        )
+        rows = record_each(examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")
     show(args, model, examples, list(rows.values()))
 
 

@@ -107,7 +107,7 @@ def measure(evaluation: Evaluation, method: Method, way: Way, out: Path) -> Rows
 
     settings = {**evaluation.settings, **method.settings(), "threads": way.threads, "batch": way.batch}
     with Records(results_path(out, f"{method.name} {way}", settings), settings) as records, threads(way.threads):
-        return record_each(evaluation.examples, records, way.batch, ask, f"{method.name}, {way}", needs_picture=True)
+        return record_each(evaluation.examples, records, way.batch, ask, f"{method.name}, {way}")
 
 
 def compare(mine: Rows, others: Rows) -> dict:
@@ -165,7 +165,7 @@ def main() -> None:
     ways, measured, lines = ways_of(dtypes, args.batch, args.device), {}, []
     for dtype in dtypes:
         args.dtype = dtype
-        evaluation = Evaluation.from_args(args)
+        evaluation = Evaluation.from_args(args, needs_picture=True)
         if evaluation.metric.score is None:
             raise HimapError(f"--metric {args.metric} judges all answers at once: choose one that judges each")
         methods = [parse_method(text, evaluation.model) for text in args.methods]

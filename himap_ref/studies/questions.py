@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections import Counter
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -35,10 +38,12 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
 
 
-def load_examples(args: argparse.Namespace) -> tuple[list[Example], dict]:
+def load_examples(args: argparse.Namespace, needs_picture: bool = False) -> tuple[list[Example], dict]:
     """The examples, and the settings by which a results file recognises what they are taken from.
 
-    A question file is recognised by its contents. How many are asked is no setting: more can be asked later.
+    Those that cannot be asked stay among them, with their `problem`: by number and reason they are told here.
+    needs_picture: those without one are left out, too. A question file is recognised by its contents. How many are asked
+    is no setting: more can be asked later.
     """
     if args.limit is not None and args.limit < 1:
         raise HimapError(f"--limit {args.limit}: must be at least 1")
@@ -56,6 +61,14 @@ def load_examples(args: argparse.Namespace) -> tuple[list[Example], dict]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise HimapError(f"{args.questions}: cannot be read ({error})") from None
     examples = parse_questions(data, args.image_folder, str(args.questions), args.limit, HINTS.get(args.hint, ""))
+    if needs_picture:
+        no_picture = "no picture, which this study looks into"
+        examples = [e if e.source or e.problem else replace(e, problem=no_picture) for e in examples]
+    left_out = Counter(example.problem for example in examples if example.problem)
+    for problem, count in left_out.items():
+        print(f"{args.questions}: {count} of {len(examples)} questions left out: {problem}", file=sys.stderr)
+    if left_out.total() == len(examples):
+        raise HimapError(f"{args.questions}: none of {len(examples)} questions can be asked: {'; '.join(left_out)}")
     folder = str(args.image_folder.resolve())
     return examples, {"questions": sha256(data).hexdigest(), "hint": args.hint, "image_folder": folder}
 

@@ -222,10 +222,11 @@ def table(lines: list[dict]) -> str:
     header = ["", "", "n", "FLOPs", "decoder", "image tokens", "accuracy", "95 %", "same answer", "lost", "won", "p"]
     for line in lines:
         accuracy, between = cells(line["accuracy"], line["interval"])
+        few = f" ({line['judged']} judged)" if 0 < line["judged"] < line["n"] else ""
         flips = ["" if line[name] is None else f"{line[name]:g}" for name in ("lost", "won")]
         spread = " ({:.1%} - {:.1%})".format(*line["spread"]) if line["spread"] else ""
         rows.append([
-            line["group"], line["label"], str(line["n"]), f"{line['ratio']:.1%}", f"{line['decoder_ratio']:.1%}",
+            line["group"], line["label"], f"{line['n']}{few}", f"{line['ratio']:.1%}", f"{line['decoder_ratio']:.1%}",
             " > ".join(f"{count:g}" for count in line["kept"]), accuracy + spread,
             between, f"{line['same_answer']:.1%}", *flips,
             "" if line["p"] is None else f"{line['p']:.1g}", *(f"{line['kinds'].get(kind, 0):.1%}" for kind in kinds),
