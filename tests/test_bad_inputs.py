@@ -761,10 +761,21 @@ QUESTIONS = {  # what is wrong: (the file's contents, or its entries, line)
     "binary": ("\xff", LIST + " (...)"),
     "too deep": ("[" * 100_000, LIST + " (...recursion...)"),
     "no question": ([ENTRY | {"text": " "}], "{file}: entry 1: no question: expected text, found blank text: ..."),
-    "id twice": ([ENTRY, ENTRY], "{file}: entry 2: id '1' was there before: give every entry its own"),
+    "answers that contradict": (
+        [ENTRY, ENTRY | {"label": "y"}],
+        "{file}: entry 2: id '1' asks this a second time with another answer: correct one of both",
+    ),
+    "several pictures": (
+        [ENTRY | {"image": ["b.png", "b.png"]}],
+        "{file}: none of 1 questions can be asked: several pictures in one entry: the model takes one",
+    ),
+    "picture at an address": (
+        [ENTRY | {"image": "https://a.b/c.png"}],
+        "{file}: entry 1: image 'https://a.b/c.png' is elsewhere: put it into the image folder, ...",
+    ),
     "picture ../": ([ENTRY | {"image": "../b.png"}], "{file}: entry 1: image '../b.png' " + OUT),
     "picture absolute": ([ENTRY | {"image": "/b.png"}], "{file}: entry 1: image '/b.png' " + OUT),
-    "picture through a link": ([ENTRY | {"image": "link"}], "{file}: entry 1: image 'link' " + OUT),
+    "link to no picture": ([ENTRY | {"image": "link"}], NONE + "{folder}/link: cannot be read as a picture (...)"),
     "picture a pipe": ([ENTRY | {"image": "pipe"}], NONE + "{folder}/pipe: cannot be read as a picture (a pipe ...)"),
     "picture the folder": ([ENTRY | {"image": "."}], NONE + "{folder}: cannot be read as a picture ([Errno 21] ...)"),
     "kind of two lines": (

@@ -3,6 +3,7 @@
 import json
 import linecache
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,11 +17,11 @@ from toys import make_tokenizer
 from himap_ref import LLAVA_1_5_7B, HimapError, Llava
 from himap_ref.flops import projector_flops, vision_flops
 from himap_ref.methods.schedules import Method, parse_method
-from himap_ref.studies import bias, evaluate, sweep
+from himap_ref.studies import bias, disruption, evaluate, flow, precision, sweep
 from himap_ref.studies.asking import ask_each
 from himap_ref.studies.evaluate import Evaluation, answer
+from himap_ref.studies.examples import Example
 from himap_ref.studies.metrics import METRICS, bootstrap, wilson
-from himap_ref.studies.questions import Example
 from himap_ref.studies.scenes import TEST, draw, make_scene
 
 SCENES = [
@@ -105,6 +106,93 @@ def test_errors_are_counted(shapes, tmp_path):
     assert "none.png" in rows["missing"]["error"] and "context" in rows["long"]["error"]
     with pytest.raises(HimapError, match="no question could be asked"):
         evaluation(shapes, examples[1:]).run(Method("none"), tmp_path / "bad.jsonl")
+
+
+TEXT = Example("text", "What color is the star?", ("yellow",), "", None)
+
+
+def test_without_a_picture(shapes, tmp_path):
+    """ScienceQA's half without pictures: refused by a batch that mixes both, shown another's picture, counted with it,
+    or answered behind a prefix that only stands before pictures."""
+    examples = [SCENES[0], TEXT, replace(LONG, source=None), *SCENES[1:]]
+    method = parse_method("himap", shapes)
+    for batch, prefix in ((1, None), (4, None), (2, shapes.prefix())):
+        evaluated = replace(evaluation(shapes, examples, batch), prefix=prefix)
+        summary, rows = evaluated.run(method, tmp_path / f"{batch}.jsonl")
+        assert [rows[e.key]["answer"] for e in examples] == [
+            shapes.generate(e.source and e.picture(), e.question, method.stages, 8).text for e in examples
+        ]  # fmt: skip
+        assert [rows[e.key]["kept"] for e in examples[:3]] == [[81, 41, 21], [], []] and summary["kept"] == [81, 41, 21]
+        parts = [(SCENES, summary["with_picture"]), (examples[1:3], summary["text_only"]), (examples, summary)]
+        for asked, part in parts:
+            assert (part["asked"], part["labelled"]) == (len(asked), len(asked))
+            assert part["metrics"]["accuracy"] == mean(rows[e.key]["correct"] for e in asked)
+    shown = evaluate.table(summary)
+    assert "2 of those answered have no picture" in shown and "text only, accuracy" in shown
+    alone, _ = evaluation(shapes, [TEXT]).run(method, tmp_path / "text.jsonl")
+    assert alone["kept"] == [] and "no question has a picture" in evaluate.table(alone)
+
+
+@pytest.mark.parametrize("labelled", [0, 2])
+def test_without_labels(shapes, tmp_path, labelled):
+    """A test set refused; one of its answers lost, judged wrong, or part of the accuracy; n of all beside it."""
+    examples = [replace(e, answers=e.answers if i < labelled else ()) for i, e in enumerate(SCENES)]
+    summary, rows = evaluation(shapes, examples, 4).run(Method("none"), tmp_path / "a.jsonl")
+    right = [float(rows[e.key]["answer"] in e.answers) for e in examples[:labelled]]
+    assert [rows[e.key]["correct"] for e in examples] == right + [None] * (4 - labelled)
+    assert all(rows[e.key]["answer"] and rows[e.key]["question"] == e.question for e in examples)
+    assert summary["metrics"] == ({"accuracy": mean(right)} if right else {})
+    told = f"(n = {labelled}, 2 more have no label)" if labelled else "no labels for 4 answers"
+    assert told in evaluate.table(summary) and (summary["interval"] is None) is (not labelled)
+    line = sweep.line_of(sweep.Entry("", "x", ("x",)), [(summary, rows)], rows)
+    assert (line["n"], line["judged"], line["same_answer"]) == (4, labelled, 1.0)
+    assert (line["accuracy"], line["lost"]) == ((mean(right), 0) if right else (None, None))
+    assert ("no labels" in sweep.table([line])) is (not labelled)
+
+
+def entry(id, **more):
+    return {"id": id, "image": "a.png", "text": "What color is the star?", "label": "yellow", **more}
+
+
+ENTRIES = [entry(1), entry(1, text="How many objects are there?", label=3), entry(1), entry(2, image=["a.png"] * 2),
+           entry(3, image=None), entry(4, label=None), entry(5, image="none.png")]  # fmt: skip
+
+
+@pytest.fixture
+def asked_from(tmp_path):
+    """Factory: runs a study on `ENTRIES`."""
+    draw(SCENES[0].source).save(tmp_path / "a.png")
+    (tmp_path / "q.json").write_text(json.dumps(ENTRIES))
+    usual = "--questions", tmp_path / "q.json", "--image-folder", tmp_path
+    return lambda module, *options: run(module, *usual, *options)
+
+
+def test_file_of_every_kind(asked_from, tmp_path):
+    """An entry lost, or counted twice; a second start that asks again, or refuses what an earlier version recorded."""
+    out = tmp_path / "a.jsonl"
+    command = evaluate, "--batch", 8, "--metric", "exact", "--out", out
+    result = asked_from(*command)
+    for told in ("4 answered, 2 could not be asked", "1: several pictures in one entry", "1, copies of entries before",
+                 "exact: equal to a right answer"):  # fmt: skip
+        assert told in result.stdout, told
+    assert "1 of 6 questions left out: several pictures" in result.stderr
+    assert list(plain(out)) == ["2", "5", "1", "4", "1 #2", "3"]  # with a picture first, the shortest first
+    before = out.read_bytes().replace(b'"question": "', b'"earlier": "')
+    out.write_bytes(before)
+    assert asked_from(*command).stdout == result.stdout and out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "module, options",
+    [(bias, ()), (precision, ("--methods", "himap", "--dtype", "float16")), (flow, ("--label", "greedy")),
+     (disruption, ("--layers", 0))],
+)  # fmt: skip
+def test_studies_of_pictures(asked_from, tmp_path, module, options):
+    """A study that looks into the picture, ended by a question without one, or by one that nobody has answered."""
+    result = asked_from(module, *options, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "1 of 6 questions left out: no picture" in result.stderr
+    assert re.search(r"n = 3, 3 left out|mean of 3 examples.*3 could not|3 questions, 3 more could not", result.stdout)
 
 
 def test_summary(shapes, tmp_path):

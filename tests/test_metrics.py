@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from himap_ref import HimapError
-from himap_ref.studies.metrics import METRICS, bootstrap, normalize, paired, says_yes, wilson
-from himap_ref.studies.questions import Example
+from himap_ref.studies.examples import Example
+from himap_ref.studies.labels import options_of
+from himap_ref.studies.metrics import METRICS, bootstrap, choice_letter, normalize, paired, says_yes, wilson
+from himap_ref.studies.metrics import scienceqa_letter as llava_letter
 
 
 def example(*answers):
@@ -24,8 +26,8 @@ def score(metric, answer, *answers):
 
 def test_every_metric_by_its_name():
     """A metric under another's name, or one without any figure."""
-    assert list(METRICS) == ["letter", "exact", "vqa", "pope", "cider"]
-    assert all(metric.name == name for name, metric in METRICS.items())
+    assert list(METRICS) == ["letter", "scienceqa", "choice", "exact", "vqa", "pope", "cider"]
+    assert all(metric.name == name and metric.about for name, metric in METRICS.items())
     assert [name for name, metric in METRICS.items() if metric.score is None] == ["cider"]
 
 
@@ -46,6 +48,71 @@ def test_exact(name):
     assert [score(name, answer, "B") for answer in ("B.", "b", "B. Rhode Island", "A", "")] == [0] * 5
     assert score(name, "top left", "left", "top left") == 1
     assert METRICS[name].summary([("B", example("B")), ("A", example("B"))]) == {"accuracy": 0.5}
+
+
+# ---------------------------------------------------------------- letters
+
+WHERE = "Which colony?\nA. Maine\nB. Rhode Island\nC. Iowa"
+
+
+def asked(question, *answers):
+    return Example("q1", question, answers, "", None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "llava", "any_form"),
+    [
+        ("B", "B", "B"), (" B\n", "B", "B"), ("B. Rhode Island", "B", "B"), ("The answer is B.", "B", "B"),
+        ("It is small. The answer is B. So there.", "B", "B"), ("The answer is B", "", "B"), ("B.", "", "B"),
+        ("(B)", "", "B"), ("**B**", "", "B"), ("b", "", "B"), ("B) Rhode Island", "", "B"), ("(B) Maine", "", "B"),
+        ("B: Rhode Island", "", "B"), ("**B.** Rhode Island", "", "B"), ("The answer is (B).", "", "B"),
+        ("Answer: B", "", "B"), ("the correct option is B", "", "B"), ("\\boxed{B}", "", "B"),
+        ("Rhode Island", "", "B"), ("rhode island.", "", "B"),
+        ("The answer is A. No, The answer is B.", "", ""),  # LLaVA's rule wants one
+        ("The answer is A or B", "A", ""), ("Neither A nor B", "", ""), ("A and B", "", ""),
+        ("The answer is A cat", "A", ""), ("A cat", "", ""), ("I think so", "", ""), ("B-movies", "", ""), ("", "", ""),
+        ("D. Ohio", "D", ""), ("F. Ohio", "", ""),  # LLaVA knows A to E; there are three
+        ("The answer is red", "", ""), ("Nobody can answer A question", "", ""),
+    ],
+)  # fmt: skip
+def test_letters(answer, llava, any_form):
+    """An answer read otherwise than by LLaVA's evaluation; a letter seen where there is none, or two."""
+    assert llava_letter(answer) == llava
+    assert choice_letter(answer, options_of(WHERE)) == any_form
+    for name, letter in (("scienceqa", llava), ("choice", any_form)):
+        assert [METRICS[name].score(answer, asked(WHERE, right)) for right in "ABC"] == [letter == x for x in "ABC"]
+
+
+@pytest.mark.parametrize("right", ["B", "(B)", "B.", "b", "B. Rhode Island", "Rhode Island", "The answer is B."])
+def test_labels_of_letters(right):
+    """A model that is right and judged wrong for how the file writes its label."""
+    for name in ("scienceqa", "choice"):
+        METRICS[name].check([asked(WHERE, right)])
+        assert [METRICS[name].score(answer, asked(WHERE, right)) for answer in "ABC"] == [0, 1, 0]
+
+
+def test_letters_need_letters():
+    """Everything judged wrong in silence, because no label is a letter."""
+    for name, question, right in (("scienceqa", WHERE, "Ohio"), ("choice", WHERE, "D"), ("choice", "Which?", "red"),
+                                  ("letter", WHERE, "(B)"), ("letter", WHERE, "Rhode Island")):  # fmt: skip
+        with pytest.raises(HimapError, match="right answer of q1.*no letter"):
+            METRICS[name].check([asked(WHERE, "B"), asked(question, right)])
+    METRICS["letter"].check([asked(WHERE, "B")])
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        (WHERE, ("Maine", "Rhode Island", "Iowa")),
+        ("Which?\n(A) red\n (B)  dark blue \nAnswer.", ("red", "dark blue")),
+        ("Which? Options: (A) red (B) dark blue", ("red", "dark blue")),
+        ("A) 1\nB) 2\nC) 3", ("1", "2", "3")),
+        ("Which?\nA. red", ()), ("Which?\nB. red\nC. blue", ()), ("Is vitamin A. good?", ()), ("Which?", ()),
+    ],
+)  # fmt: skip
+def test_options_of(question, options):
+    """An index or an option's text that stands for another letter."""
+    assert options_of(question) == options
 
 
 # ---------------------------------------------------------------- VQA

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+from pathlib import Path
 
 import pytest
 from toys import noise
@@ -9,7 +11,7 @@ from toys import noise
 from himap_ref import HimapError
 from himap_ref.studies.examples import Example
 from himap_ref.studies.question_files import SEVERAL
-from himap_ref.studies.questions import add_question_arguments, load_examples, scene_examples
+from himap_ref.studies.questions import FORMATS, add_question_arguments, load_examples, scene_examples
 from himap_ref.studies.scenes import CHOICE_HINT, KINDS, TEST, draw, make_questions, make_scene
 
 PLAIN = {"question_id": 7, "image": "a.png", "text": "Is there a cat?", "label": "yes"}
@@ -160,6 +162,23 @@ def test_as_people_write_it(ask, folder, entry, question, answer, picture):
     """A file of the field refused for its spelling, asked without its picture, or judged by another answer."""
     answers, source = (answer,) if answer is not None else (), folder / picture if picture else None
     assert ask([entry]) == [Example("7", question, answers, "", source)]
+
+
+def objects(text):
+    """The JSON objects with an id that stand in a text."""
+    starts = (found.start() for found in re.finditer(r'\{"(question_)?id":', text))
+    return [json.JSONDecoder().raw_decode(text[start:].replace("\n", " "))[0] for start in starts]
+
+
+@pytest.mark.parametrize("text", [FORMATS, (Path(__file__).parents[1] / "README.md").read_text("utf-8")])
+def test_documented_formats(ask, text):
+    """An example that is not read as written."""
+    entries = objects(text)
+    examples = [ask([entry])[0] for entry in entries]  # they share ids
+    assert len(examples) == 5 and examples[-1].question.endswith("\nA. red\nB. blue")
+    pictures = [entry.get("image") or "".join(entry.get("images", [])) for entry in entries]
+    assert [bool(e.source) for e in examples] == list(map(bool, pictures)) == [True] * 4 + [False]
+    assert examples[0].answers == examples[-1].answers == ("B",)
 
 
 def test_several_pictures_are_left_out(ask):

@@ -8,7 +8,7 @@ The first is that of the official HiMAP's files (some with `top5_res`), the seco
 
 id          `id`, `question_id`. One id may stand over several questions.
 question    the first turn of `conversations` or `messages`, by human or user (`from` or `role`; `value` or `content`,
-            which may be a list of text and image parts); else `text`, `question`. Later turns do not count.
+            which may be a list of text and image parts); else `text`, `question`, `prompt`. Later turns do not count.
 picture     `image`, `images`, or an image part: a path under --image-folder. None: asked as text. Several: left out.
 options     `options`, `choices`: put below the question as "A. ...", if it does not list them itself.
 answer      `answers`, a list of strings or of {"answer": "..."}, such as VQA's ten or a picture's captions; else what

@@ -42,8 +42,8 @@ def load_examples(args: argparse.Namespace, needs_picture: bool = False) -> tupl
     """The examples, and the settings by which a results file recognises what they are taken from.
 
     Those that cannot be asked stay among them, with their `problem`: by number and reason they are told here.
-    needs_picture: those without one are left out, too. A question file is recognised by its contents. How many are asked
-    is no setting: more can be asked later.
+    needs_picture: those without one are left out, too. A question file is recognised by its contents. How many are
+    asked is no setting: more can be asked later.
     """
     if args.limit is not None and args.limit < 1:
         raise HimapError(f"--limit {args.limit}: must be at least 1")
