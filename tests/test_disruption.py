@@ -14,7 +14,7 @@ from himap_ref import HimapError, generation
 from himap_ref.decoder import rope
 from himap_ref.studies import disruption
 from himap_ref.studies.disruption import KINDS, READINGS, Block, Prompts, draw_rows, summarize
-from himap_ref.studies.questions import Example
+from himap_ref.studies.examples import Example
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "disruption_cases.json").read_text())["cases"]
@@ -165,6 +165,9 @@ def test_figures():
     f = figures[block]
     assert f["label"] == f["same"] == pytest.approx(1 / 3) and f["top5"] == pytest.approx((4 / 6 + 1 + 0) / 3)
     assert f["interval"] == pytest.approx((0.0615, 0.7923), abs=1e-4)  # Wilson's for 1 of 3
+    unlabelled = rows[0] | {"label": []}
+    assert summarize([*rows, unlabelled], [block])[block]["interval"] == f["interval"]
+    assert summarize([unlabelled], [block])[block]["interval"] is None
 
 
 # ---------------------------------------------------------------- the command

@@ -122,6 +122,7 @@ def test_without_a_picture(shapes, tmp_path):
         assert [rows[e.key]["answer"] for e in examples] == [
             shapes.generate(e.source and e.picture(), e.question, method.stages, 8).text for e in examples
         ]  # fmt: skip
+        assert rows["text"]["flops"]["total"] == shapes.generate(None, TEXT.question, (), 8).flops.total
         assert [rows[e.key]["kept"] for e in examples[:3]] == [[81, 41, 21], [], []] and summary["kept"] == [81, 41, 21]
         parts = [(SCENES, summary["with_picture"]), (examples[1:3], summary["text_only"]), (examples, summary)]
         for asked, part in parts:
@@ -180,6 +181,13 @@ def test_file_of_every_kind(asked_from, tmp_path):
     before = out.read_bytes().replace(b'"question": "', b'"earlier": "')
     out.write_bytes(before)
     assert asked_from(*command).stdout == result.stdout and out.read_bytes() == before
+
+
+def test_file_without_labels(asked_from, tmp_path):
+    """POPE's own question file, whose answers are in another, refused by a metric that wants "yes" or "no"."""
+    (tmp_path / "q.json").write_text(json.dumps([entry(1, label=None)]))
+    result = asked_from(evaluate, "--metric", "pope", "--out", tmp_path / "a.jsonl")
+    assert "no labels for 1 answers" in result.stdout and plain(tmp_path / "a.jsonl")["1"]["answer"], result.stderr
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def asked(question, *answers):
 def test_letters(answer, llava, any_form):
     """An answer read otherwise than by LLaVA's evaluation; a letter seen where there is none, or two."""
     assert llava_letter(answer) == llava
-    assert choice_letter(answer, options_of(WHERE)) == any_form
+    assert choice_letter(answer, options_of(WHERE)) == any_form and choice_letter("red", ("red", "Red.")) == ""
     for name, letter in (("scienceqa", llava), ("choice", any_form)):
         assert [METRICS[name].score(answer, asked(WHERE, right)) for right in "ABC"] == [letter == x for x in "ABC"]
 
