@@ -32,7 +32,7 @@ def options_of(question: str) -> tuple[str, ...]:
 
 def with_options(question: str, options: object) -> str:
     """The options below it as LLaVA's ScienceQA file has them, unless the question lists them already."""
-    if options is None:
+    if options in (None, [], {}, ""):
         return question
     if isinstance(options, dict) and LETTERS.startswith("".join(options)):  # {"A": "red", "B": "blue"}
         options = [*options.values()]
@@ -67,12 +67,12 @@ def answers_of(entry: dict, reply: object, options: tuple[str, ...]) -> tuple[st
     if given is None or isinstance(given, str) and not given.strip():
         index = first_of(entry, *INDEX)
         return () if index is None else (_letter(index, options),)
-    number = _whole(given)
-    if number is None or not options:
+    if not options or given in options:
         return (_label(given, "answer"),)
-    if str(number) in options:
-        raise HimapError(f"answer {number}: an index, or the option {str(number)!r}? Write the option's letter")
-    return (_letter(given, options),)
+    number = _whole(given)
+    if str(number) in options or isinstance(given, str) and given.strip().isdecimal():
+        raise HimapError(f"answer {short(given)}: an index, or an option? Write the option's letter, or all its text")
+    return (_label(given, "answer") if number is None else _letter(given, options),)
 
 
 def _letter(index: object, options: tuple[str, ...]) -> str:

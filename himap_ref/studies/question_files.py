@@ -185,7 +185,8 @@ def _names(value: object) -> list[str]:
     """One path or a list; {"path": ...} and {"url": ...} as data sets and chats write it; blank ones are none."""
     names = []
     for each in value if isinstance(value, list) else [value]:
-        each = first_of(each, "path", "url", "file_name") if isinstance(each, dict) else each
+        if isinstance(each, dict):  # with something else in it, such as the picture's bytes, it is no path
+            each = first_of(each, "path", "url", "file_name") or (each if any(each.values()) else None)
         if not isinstance(each, str | None):
             raise HimapError(f"no image: expected a path, found {type_of(each)}: correct it, or remove the entry")
         if each and each.strip():
