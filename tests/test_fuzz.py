@@ -206,10 +206,10 @@ def test_misread_files_are_noticed(workspace, monkeypatch):
         assert outcome == "Wrong: image_std is (1.0, 1.0, 1.0), the file says (0.5, 0.5, 0.5)"
     monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[:2])
     outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
-    assert outcome == "Wrong: 2 of 3 entries are there"
+    assert outcome == "Wrong: 2 of 6 entries are there"
     monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[::-1])
     outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
-    assert outcome == "Wrong: entry '2' is not what the file holds"
+    assert outcome == "Wrong: entry '4' is not what the file holds"
 
 
 def test_command_survives_a_worker(monkeypatch, capsys):

@@ -96,6 +96,11 @@ QUESTIONS = [
     {"id": "1", "image": "x.png", "conversations": TURNS, "top5_res": [1, 2, 3, 4, 5]},
     {"question_id": 2, "image": "x.jpg", "text": "Is there a star?", "label": "yes", "category": "star"},
     {"question_id": 3, "image": "x.gif", "text": "What?", "answers": [{"answer": "red"}, {"answer": "a star"}]},
+    {"id": 4, "image": None, "question": "Which?", "choices": ["red", "blue"], "answer": 1},
+    {"id": 4, "images": ["x.png"], "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]},
+        {"role": "assistant", "content": "B"}]},
+    {"id": 5, "image": ["x.png", "x.gif"], "text": "Which one?", "label": 3.0},
 ]
 
 
