@@ -209,7 +209,7 @@ def test_misread_files_are_noticed(workspace, monkeypatch):
     assert outcome == "Wrong: 2 of 6 entries are there"
     monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[::-1])
     outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
-    assert outcome == "Wrong: entry '4' is not what the file holds"
+    assert outcome == "Wrong: entry '3' is not what the file holds"
 
 
 def test_command_survives_a_worker(monkeypatch, capsys):
