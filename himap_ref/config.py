@@ -49,6 +49,11 @@ class TextConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_type: Literal["default", "linear", "llama3"] = "default"  # the others: for a longer context than the first,
+    factor: float = 1.0  # all channels ("linear") or the slow ones ("llama3") turn so many times slower
+    low_freq_factor: float = 1.0  # slow: at most so many turns in the first context; between slow and fast: a mixture
+    high_freq_factor: float = 4.0  # fast, unchanged: at least so many
+    original_max_position_embeddings: int = 8192  # the first context
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -71,21 +76,28 @@ class LlavaConfig:
     vision_config: VisionConfig
     text_config: TextConfig
     image_token_index: int = 32000
-    vision_feature_layer: int = -2  # index into (embeddings, layer 1, ..., layer L)
+    vision_feature_layer: int | tuple[int, ...] = -2  # into (embeddings, layer 1, ..., layer L); several: side by side
     vision_feature_select_strategy: Literal["default", "full"] = "default"  # "default" drops the class token
     projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"  # "linear": LLaVA v1
     projector_hidden_act: Literal["gelu", "quick_gelu"] = "gelu"
     multimodal_projector_bias: bool = True
 
     def __post_init__(self):
-        layer, states = self.vision_feature_layer, self.vision_config.num_hidden_layers + 1
-        if not -states <= layer < states:
-            raise HimapError(f"vision_feature_layer {layer}: expected one index into {states} hidden states")
+        _ = self.feature_layers  # raises what does not fit
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """`vision_feature_layer`, counted from 0."""
+        layers, states = self.vision_feature_layer, self.vision_config.num_hidden_layers + 1
+        layers = layers if isinstance(layers, tuple) else (layers,)
+        if not layers or not all(-states <= layer < states for layer in layers):
+            raise HimapError(f"vision_feature_layer {self.vision_feature_layer}: expected indices into {states} states")
+        return tuple(layer % states for layer in layers)
 
     @property
     def vision_layers_used(self) -> int:
         """Encoder layers that the features depend on; the later ones are neither built nor run."""
-        return self.vision_feature_layer % (self.vision_config.num_hidden_layers + 1)
+        return max(self.feature_layers)
 
     @property
     def num_image_tokens(self) -> int:

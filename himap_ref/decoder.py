@@ -22,8 +22,7 @@ from .errors import HimapError
 from .flops import LayerTrace, StageTrace, Trace
 from .pruning import LayerView, Stages, keep_highest, rows_left, stages_by_layer
 
-# ---------------------------------------------------------------- rotary positions
-# The checkpoint pairs channel j with channel j + c/2 ("half-split"), not with its neighbour:
+# Rotary positions. The checkpoint pairs channel j with channel j + c/2 ("half-split"), not with its neighbour:
 #     channel   0    1    2    3  |  4    5    6    7        (c = 8)
 #     angle     a0   a1   a2   a3 |  a0   a1   a2   a3       a_j = position * theta^(-2j/c)
 #     rotated (x0, x4) by a0, (x1, x5) by a1, ...
@@ -33,6 +32,11 @@ def rope(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Ten
     """cos and sin of the angles at (B, n) positions, each (B, n, 1, c); computed in fp32."""
     channels = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     inv_freq = 1.0 / config.rope_theta ** (channels / config.head_dim)  # (c/2,)
+    if config.rope_type != "default":
+        turns = config.original_max_position_embeddings * inv_freq / (2 * torch.pi)  # within the first context
+        slow, fast = config.low_freq_factor, config.high_freq_factor
+        stays = ((turns - slow) / (fast - slow)).clamp(0, 1) if config.rope_type == "llama3" else 0.0  # (c/2,): a share
+        inv_freq = stays * inv_freq + (1 - stays) * inv_freq / config.factor
     angles = positions[:, :, None, None].float() * inv_freq  # elementwise: no matrix product
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -42,9 +46,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies RoPE to (B, n, heads, c)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
-
-
-# ---------------------------------------------------------------- one layer
 
 
 class Attention(nn.Module):
@@ -102,13 +103,8 @@ class DecoderOutput:
     cache: list[LayerCache] = field(repr=False)  # one per layer; lengths differ once a stage has pruned
 
 
-# ---------------------------------------------------------------- the decoder
-
-
 class LlamaDecoder(nn.Module):
     """State-dict names: the checkpoint's, without "model."; with tied embeddings there is no `lm_head`."""
-
-    layers: list[DecoderLayer]  # an nn.ModuleList, whose elements have no type
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -116,16 +112,14 @@ class LlamaDecoder(nn.Module):
         vocabulary = torch.zeros(config.vocab_size, config.hidden_size)  # by hand: see the encoder's Embeddings
         self.embed_tokens = nn.Embedding.from_pretrained(vocabulary, freeze=False)
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.layers = layers  # type: ignore[assignment]
+        self.layers: list[DecoderLayer] = layers  # type: ignore[assignment]  # its elements have no type
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) after the final norm -> (..., vocab)."""
-        if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.embed_tokens.weight)
-        return self.lm_head(hidden)
+        return F.linear(hidden, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight)
 
     def forward(
         self, inputs_embeds: Tensor, image_span: tuple[int, int] | None = None, stages: Stages = (),

@@ -65,7 +65,7 @@ def vision_flops(config: LlavaConfig) -> int:
 
 def projector_flops(config: LlavaConfig, tokens: int | None = None) -> int:
     """One picture, of which `tokens` (default: all) are projected."""
-    d_vision, d = config.vision_config.hidden_size, config.text_config.hidden_size
+    d_vision, d = config.vision_config.hidden_size * len(config.feature_layers), config.text_config.hidden_size
     tokens = config.num_image_tokens if tokens is None else tokens
     return 2 * tokens * (d_vision * d + (d * d if config.projector_type == "mlp2x_gelu" else 0))
 

@@ -34,8 +34,7 @@ class LlavaModel(nn.Module):
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, N, d) image tokens."""
-        weight = self.multi_modal_projector.linear_1.weight
-        return self.multi_modal_projector(self.vision_tower(pixel_values.to(weight.device, weight.dtype)))
+        return self.multi_modal_projector(self.vision_tower(pixel_values))
 
     def image_span(self, prompts: Sequence[Sequence[int]]) -> tuple[int, int] | None:
         """Where all prompts of a batch have their image tokens; raises HimapError if they do not agree."""

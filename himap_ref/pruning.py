@@ -82,9 +82,6 @@ def image_to_image(view: LayerView) -> Tensor:
     return view.attention(view.image).sum(dim=1)
 
 
-# ---------------------------------------------------------------- stages
-
-
 @dataclass(frozen=True)
 class Stage:
     """On entry to `layer` (0-based), keep the image tokens that `score` ranks highest in the layer before.

@@ -5,7 +5,7 @@ and LLaVA takes the features of an inner layer (-2), so later layers and `post_l
 
 Shapes: B pictures, S pixels a side, P patches, T = P + 1 tokens (class token first), d width, h heads of size c."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,8 @@ from torch.nn import functional as F
 
 from .config import LlavaConfig, VisionConfig
 
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI CLIP's sigmoid approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # config.json's names
+# By their names in config.json; the second is OpenAI CLIP's approximation of the first.
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
 class Embeddings(nn.Module):
@@ -82,17 +77,21 @@ class EncoderLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """(B, channels, S, S) normalised pixels -> (B, N, d) features; N = P, or P + 1 if the class token is kept."""
+    """(B, channels, S, S) normalised pixels -> (B, N, d) features, of L layers (B, N, L * d); N = P, "full" T."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        self.first = 0 if config.vision_feature_select_strategy == "full" else 1
+        self.taken, self.first = config.feature_layers, 0 if config.vision_feature_select_strategy == "full" else 1
         self.embeddings = Embeddings(config.vision_config)
         self.pre_layrnorm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
         self.layers = nn.ModuleList(EncoderLayer(config.vision_config) for _ in range(config.vision_layers_used))
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.pre_layrnorm(self.embeddings(pixel_values))
+    def hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
+        """(B, T, d) as they enter layer 1, then as they leave layer 1, 2, ...; pixels of any dtype, from any device."""
+        yield (x := self.pre_layrnorm(self.embeddings(pixel_values.to(self.pre_layrnorm.weight))))
         for layer in self.layers:
-            x = layer(x)
-        return x[:, self.first :]
+            yield (x := layer(x))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        states = {i: x for i, x in enumerate(self.hidden_states(pixel_values)) if i in self.taken}
+        return torch.cat([states[i][:, self.first :] for i in self.taken], dim=-1)

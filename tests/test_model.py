@@ -97,7 +97,7 @@ def test_inputs_move_to_the_models_device(tiny_llava):
     model = tiny_llava().to("meta")
     assert model.embed([1, 5, 7], None).device.type == "meta"
     devices = []
-    model.vision_tower.register_forward_pre_hook(lambda module, args: devices.append(args[0].device.type))
+    model.vision_tower.embeddings.register_forward_pre_hook(lambda module, args: devices.append(args[0].device.type))
     assert model.embed_image(torch.zeros(1, 3, 20, 20)).device.type == devices[0] == "meta"
     q, positions = torch.zeros(2, 9, 1, 8, device="meta"), torch.zeros(2, 9, dtype=torch.long, device="meta")
     view = LayerView(q, LayerCache(q, q, positions), q[:, :, 0], positions, slice(2, 7))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,16 +55,15 @@ class ClsAttention:
     def __call__(self, model: LlavaModel, pixel_values: Tensor) -> Tensor:
         self.num_image_tokens(model.config)  # raises what does not suit
         tower, projector = model.vision_tower, model.multi_modal_projector
-        weight = projector.linear_1.weight
-        x = tower.pre_layrnorm(tower.embeddings(pixel_values.to(weight.device, weight.dtype)))
-        for layer in tower.layers[:-1]:
-            x = layer(x)
         last = cast(EncoderLayer, tower.layers[-1])  # the elements of an nn.ModuleList have no type
-        h, attn = last.layer_norm1(x), last.self_attn
+        needed = {len(tower.layers) - 1, *tower.taken}  # what enters that layer, and the features
+        x = {i: state for i, state in enumerate(tower.hidden_states(pixel_values)) if i in needed}
+        h, attn = last.layer_norm1(x[len(tower.layers) - 1]), last.self_attn
         q, k = attn.heads(attn.q_proj(h[:, :1])), attn.heads(attn.k_proj(h))  # (B, h, 1, c), (B, h, T, c)
         attention = ((q * q.shape[-1] ** -0.5) @ k.mT).float().softmax(dim=-1).mean(dim=1)[:, 0, 1:]  # (B, P)
         kept = keep_highest(attention, self.keep)
-        return projector(last(x)[:, 1:].take_along_dim(kept[..., None], dim=1))
+        features = torch.cat([x[i][:, 1:] for i in tower.taken], dim=-1)
+        return projector(features.take_along_dim(kept[..., None], dim=1))
 
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         """The class token's query, its scores, and keys once more (the layer makes its own)."""
