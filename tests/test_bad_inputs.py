@@ -43,7 +43,7 @@ from himap_ref.studies.records import Records
 from himap_ref.studies.train import save_state
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = "model.safetensors"
+WEIGHTS, SHARD = "model.safetensors", "1.safetensors"
 QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"
 OUTPUT = "model.language_model.layers.0.self_attn.o_proj.weight"
 
@@ -391,7 +391,11 @@ def write(name, data):
 
 
 def index(weight_map):
-    return write(f"{WEIGHTS}.index.json", json.dumps({"weight_map": weight_map}))
+    def damage(folder):
+        write(f"{WEIGHTS}.index.json", json.dumps({"weight_map": weight_map}))(folder)
+        (folder / WEIGHTS).rename(folder / SHARD)  # beside which an index would not be read
+
+    return damage
 
 
 def remove(name):
@@ -409,13 +413,28 @@ def in_place(name, make):
 
 
 def shard_that_is_a_pipe(folder):
-    index({"a": WEIGHTS, "b": "2.safetensors"})(folder)
+    index({QUERY: SHARD, "b": "2.safetensors"})(folder)
     os.mkfifo(folder / "2.safetensors")
 
 
 def tensors_in_two_shards(folder):
-    index({QUERY: WEIGHTS, OUTPUT: "zzz.safetensors"})(folder)
-    shutil.copy(folder / WEIGHTS, folder / "zzz.safetensors")
+    """Two that the index names, and all others, which it does not."""
+    index({QUERY: SHARD, OUTPUT: "zzz.safetensors"})(folder)
+    shutil.copy(folder / SHARD, folder / "zzz.safetensors")
+
+
+def two_models(folder):
+    (folder / WEIGHTS).rename(folder / "b.safetensors")
+    shutil.copy(folder / "b.safetensors", folder / "a.safetensors")
+
+
+def shards_without_index(folder):
+    (folder / WEIGHTS).rename(folder / "model-00002-of-00002.safetensors")
+
+
+def projector_alone(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "mm_projector.bin").write_bytes(b"cos")
 
 
 def cut(folder):
@@ -480,7 +499,8 @@ WORDS = {  # that stand in braces below
     "none": "{folder}: no .safetensors file (a repository of .bin files must be converted first)",
     "pickle": "is a pickle, which can run code when it is read; convert it to safetensors first (transformers: "
     "from_pretrained(....).save_pretrained(folder)) or use a llava-hf repository",
-    "kinds": "not floating-point numbers of 16 bits or more",
+    "kinds": "not floats of 16 bits or more: quantised weights are not read: use the repository without quantisation, "
+    "or save them dequantised",
     "nan": "score 'text_to_image' at layer 1 gave NaN or infinite values...",
     "logits": "the model's logits are NaN or infinite: damaged weights, or a dtype too narrow for them",
     "foreign": "the tokenizer gives id 460, the weights know 460: not of one model",
@@ -549,9 +569,18 @@ FOLDERS = {  # what is wrong: (damage, line)
         edit_tensors(lambda header, _: header.update({"vision_tower.layers.\xb2.x": header.pop(QUERY)})),
         "{file}: tensor 'vision_tower.layers.\xb2.x' is unexpected: config.json describes no such part",
     ),
-    "a tensor in two files": (
-        lambda folder: shutil.copy(folder / WEIGHTS, folder / "zzz.safetensors"),
-        "{folder}/zzz.safetensors: tensor ... appears twice",
+    "two models": (
+        two_models, "{folder}: a.safetensors or b.safetensors? Rename what is the model to model.safetensors"
+    ),
+    "shards without an index": (
+        shards_without_index, "{folder}: shard model-00001-of-00002.safetensors is missing: download it again"
+    ),
+    "a projector alone": (
+        projector_alone, "{folder}: holds a projector alone, in mm_projector.bin: a whole LLaVA is needed"
+    ),
+    "an adapter": (
+        write("adapter_config.json", "{}"), "{folder}: adapter_config.json: a LoRA adapter, which is not applied here: "
+        "merge it into its model (peft: merge_and_unload, then save_pretrained), or remove that file where this is done"
     ),
     "a tensor in two shards": (tensors_in_two_shards, "{folder}/zzz.safetensors: tensor ... appears twice"),
     "a shard that is a pipe": (shard_that_is_a_pipe, "{folder}: shard 2.safetensors is missing: download it again"),
@@ -561,11 +590,15 @@ FOLDERS = {  # what is wrong: (damage, line)
     "index with a NUL": (index({"a": "a\0b"}), "{folder}: shard a\\x00b is missing: download it again"),
     "index with a long name": (index({"a": "x" * 300}), "{folder}: shard x... is missing: download it again"),
     "index of a missing shard": (
-        index({"a": WEIGHTS, "b": "2.safetensors"}), "{folder}: shard 2.safetensors is missing: download it again"
+        index({"a": SHARD, "b": "2.safetensors"}), "{folder}: shard 2.safetensors is missing: download it again"
     ),
     "index without a map": (index(None), "{index}: not a shard index (no weight_map)"),
     "index of numbers": (index({"a": 1}), "{index}: not a shard index (no weight_map)"),
-    "index of nothing": (index({}), "{folder}: tensor ... is missing (55 in all): not a complete LLaVA"),
+    "index of nothing": (index({}), "{index}: not a shard index (no weight_map)"),
+    "index of what is not there": (
+        index({"a": SHARD}), "{folder}/1.safetensors: tensor 'a' is not in it, though the index says so: download both "
+        "again"
+    ),
     "eos of another type": (
         lambda folder: edit_json(folder / "generation_config.json", eos_token_id={"x": 1}),
         "{folder}/generation_config.json: eos_token_id {{'x': 1}}: expected an id or a list of ids",
@@ -651,8 +684,8 @@ CONFIGS = [  # section, its entry, the value, the line
     (None, "image_token_index", 36, "the tokenizer has no added token 36 (image_token_index): ..."),  # it is "A"
     (None, "image_token_index", 400, "the tokenizer has no added token 400 (image_token_index): ..."),
     (None, "image_token_index", 10**6, "the tokenizer has no added token 1000000 (image_token_index): ..."),
-    (None, "vision_feature_layer", 3, "vision_feature_layer 3: expected one index into 3 hidden states"),
-    (None, "vision_feature_layer", [-2, -5], "LlavaConfig.vision_feature_layer [-2, -5]: expected int, -1001 to 1000"),
+    (None, "vision_feature_layer", 3, "vision_feature_layer 3: expected indices into 3 states"),
+    (None, "vision_feature_layer", [-2, -5], "vision_feature_layer (-2, -5): expected indices into 3 states"),
     (None, "vision_feature_select_strategy", "cls", "LlavaConfig.vision_feature_select_strategy 'cls': expected "
      "Literal['default', 'full']"),
     (None, "projector_hidden_act", 5, "LlavaConfig.projector_hidden_act 5: expected Literal['gelu', 'quick_gelu']"),
@@ -708,7 +741,7 @@ def test_null_stands_for_what_is_not_said(folder):
     assert processor == ImageProcessor(shortest_edge=28, crop_size=(28, 28))
 
 
-@pytest.mark.parametrize("said, pad", [("pad", True), ("anyres", False), (None, False)])
+@pytest.mark.parametrize("said, pad", [("pad", True), ("square", False), (None, False)])
 def test_aspect_ratio_of_the_original(folder, said, pad):
     """The original LLaVA says in config.json that it pads: read past, the picture's sides would be cut off."""
     edit_json(folder / "config.json", image_aspect_ratio=said)
@@ -961,7 +994,8 @@ def test_hub(ask, hub, fault, reason):
     hub.fault = fault
     status, out, err = ask("--weights", "owner/name")
     *progress, line = err.splitlines()  # the client's own, of a download that had begun
-    message = re.escape(f"error: weights 'owner/name': cannot be downloaded ({reason})").replace(re.escape("..."), ".*")
+    message = f"error: weights 'owner/name': no such folder here, nor can the hub's be downloaded ({reason})"
+    message = re.escape(message).replace(re.escape("..."), ".*")
     assert re.fullmatch(message, line), err
     assert (status, out) == (2, "") and (fault == "interrupted" or not progress)
 
@@ -970,7 +1004,8 @@ def test_hub_unreachable(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    refused("weights 'owner/name': cannot be downloaded (...)", "--weights", "owner/name")
+    message = "weights 'owner/name': no such folder here, nor can the hub's be downloaded (...)"
+    refused(message, "--weights", "owner/name")
 
 
 def test_interrupted_download_goes_on(hub):

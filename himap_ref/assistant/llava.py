@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache import LayerCache
 from ..checkpoint.config import read_config, read_eos, read_image_processor, read_settings
 from ..checkpoint.files import find_device, find_folder, read_json, read_tokenizer
-from ..checkpoint.load import load_weights
+from ..checkpoint.load import find_tensors, load_weights, settle_head
 from ..config import LlavaConfig
 from ..errors import HimapError
 from ..flops import pass_flops, projector_flops, vision_flops
@@ -58,17 +58,18 @@ class Llava(LlavaModel):
         Raises HimapError that names the file or tensor at fault.
         """
         device, folder = find_device(device, dtype), find_folder(source, revision)
-        config = read_config(read_json(folder / "config.json"))
+        data, tokenizer = read_json(folder / "config.json"), read_tokenizer(folder)
+        config, tensors = read_config(data, tokenizer.token_to_id("<image>")), find_tensors(folder)
         with torch.device("meta"):
-            model = cls(config)
-        model.tokenizer = read_tokenizer(folder)
+            model = cls(settle_head(config, tensors))
+        model.tokenizer = tokenizer
         model.image_processor = read_image_processor(folder, config.vision_config.image_size)
         model.eos_token_ids = read_eos(folder)
         model.settings = read_settings(folder)
         model.template = model.settings.get("template", model.template)
         if "stages" in model.settings:
             model.himap = parse_stages(model.settings["stages"], trusted=False)
-        load_weights(model, folder, dtype, device)  # last, because it takes longest
+        load_weights(model, folder, tensors, dtype, device)  # last, because it takes longest
         single_rows(model.language_model)
         return model.eval()
 

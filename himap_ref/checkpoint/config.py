@@ -1,7 +1,8 @@
 """A folder's JSON becomes dataclasses, whatever the layout; values are held against types and limits before that."""
 
+import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -13,9 +14,21 @@ from .files import read_json, section
 
 LIMITS = {  # inclusive, of a field or else of its type; no product of sizes that makes a tensor overflows
     "int": (1, 2**19), "float": (1e-12, 1e12), "num_hidden_layers": (1, 1000), "num_channels": (3, 3),
-    "image_size": (1, 2**13), "max_position_embeddings": (1, 2**31), "image_token_index": (0, 2**31),
-    "vision_feature_layer": (-1001, 1000), "shortest_edge": (1, 2**13), "size": (1, 2**13), "crop_size": (1, 2**13),
-    "resample": (0, 5), "image_mean": (-1000, 1000), "image_std": (1e-6, 1e6),
+    "image_size": (1, 2**13), "max_position_embeddings": (1, 2**31), "original_max_position_embeddings": (1, 2**31),
+    "image_token_index": (0, 2**31), "vision_feature_layer": (-1001, 1000), "shortest_edge": (1, 2**13),
+    "size": (1, 2**13), "crop_size": (1, 2**13), "resample": (0, 5), "image_mean": (-1000, 1000),
+    "image_std": (1e-6, 1e6),
+}  # fmt: skip
+ENTRIES: dict[str, tuple] = {  # that can make it another model or prompt: the values that do not
+    "image_aspect_ratio": (None, "square", "pad"), "mm_patch_merge_type": (None, "flat"), "mm_resampler_type": (None,),
+    "mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": (None, "patch", "cls_patch"),
+    "mm_use_im_start_end": (None, False), "s2": (None, False), "transformers_weights": (None,),
+}  # fmt: skip
+TOWERS = {"clip-vit-large-patch14-336": VIT_L_14_336, "clip-vit-large-patch14": replace(VIT_L_14_336, image_size=224)}
+QUANTISED = "quantised weights are not read: use the repository without quantisation, or save them dequantised"
+ROPE: dict[str, tuple] = {  # the types that are computed, and the settings that each needs
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
 PAIR = ("height", "width")
 WITHOUT: dict[str, dict] = {  # what a step of the preprocessing amounts to that is switched off
@@ -31,7 +44,7 @@ def build(cls: Any, data: dict) -> Any:
         value, kinds = values.get(field.name, field.default), str(field.type).split(" | ")
         low, high = LIMITS.get(field.name, LIMITS.get(kinds[0], (-math.inf, math.inf)))
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, (int, float))]
-        fits = {_kind(value), _kind(value).replace("int", "float")} & {*kinds} or value is field.default is None
+        fits = _kinds(value) & {*kinds} or value is field.default is None
         fits = fits or isinstance(value, str) and repr(value) in kinds[0]  # Literal['a', 'b']
         if not fits or not all(low <= x <= high for x in numbers):
             limits = "" if math.isinf(high) else f", {low:g} to {high:g}"
@@ -39,42 +52,82 @@ def build(cls: Any, data: dict) -> Any:
     return cls(**values)
 
 
-def _kind(value: object) -> str:
-    """As it is annotated: "int" (an enum's, too), "None", "tuple[float, float]"."""
+def _kinds(value: object) -> set[str]:
+    """How it may be annotated: an int (an enum's, too) as "int" or "float"; a tuple by its length or as of any."""
     if isinstance(value, tuple):
-        return f"tuple[{', '.join(map(_kind, value))}]"
-    name = type(value).__name__.removesuffix("Type")
-    return "int" if isinstance(value, int) and name != "bool" else name
+        each = set.intersection(*map(_kinds, value)) if value else set()
+        return {f"tuple[{', '.join(kinds)}]" for x in each for kinds in ([x] * len(value), [x, "..."])}
+    name = type(value).__name__.removesuffix("Type")  # NoneType
+    return {"int", "float"} if isinstance(value, int) and name != "bool" else {name}
 
 
-def read_config(data: dict) -> LlavaConfig:
-    """From llava-hf's layout or the original LLaVA's (`mm_hidden_size`, ...). HimapError for other models."""
+def read_config(data: dict, image_token: int | None = None) -> LlavaConfig:
+    """From llava-hf's layout or the original LLaVA's (`mm_vision_tower`, ...). HimapError for other models.
+
+    image_token: the tokenizer's id of <image>, which the original's config.json need not say.
+    """
+    vision, text = section(data, "vision_config"), section(data, "text_config")
     _check_type(data, "", "llava", "llava_llama")
-    if "mm_hidden_size" in data or "mm_vision_tower" in data:  # the original's keys: llava/model/llava_arch.py
-        strategy = {"patch": "default", "cls_patch": "full"}.get(str(data.get("mm_vision_select_feature", "patch")))
-        return build(LlavaConfig, {
-            "vision_config": VIT_L_14_336, "text_config": _text_config(data),
-            "vision_feature_layer": data.get("mm_vision_select_layer", -2),
-            "vision_feature_select_strategy": strategy or "unknown",
-            "projector_type": data.get("mm_projector_type", "linear"),
-        })  # fmt: skip
-    vision, text = section(data, "vision_config"), section(data, "text_config") or {}
+    _check_type(vision or {}, "vision_config.", "clip_vision_model")
+    for name, allowed in ENTRIES.items():
+        if name in data and data[name] not in allowed:
+            raise HimapError(f"{name} {data[name]!r} is not supported: expected {json.dumps(allowed)[1:-1]}")
+    if any(part.get("quantization_config") for part in (data, vision or {}, text or {})):
+        raise HimapError(f"quantization_config: {QUANTISED}")
+    if vision is None and text is None and ("mm_vision_tower" in data or data.get("model_type") == "llava_llama"):
+        return build(LlavaConfig, _original(data, image_token))
+    text = text or {}
     if data.get("tie_word_embeddings"):  # transformers 5 writes it beside text_config
         text = {**text, "tie_word_embeddings": data["tie_word_embeddings"]}
-    values = {**data, "text_config": _text_config(text)}
-    _check_type(vision or {}, "vision_config.", "clip_vision_model")
-    values["vision_config"] = VIT_L_14_336 if vision is None else build(VisionConfig, vision)
-    if "image_token_id" in data:
-        values["image_token_index"] = data["image_token_id"]
-    return build(LlavaConfig, values)
+    layers = data.get("vision_feature_layer", -2)
+    if isinstance(layers, list):
+        layers = layers[0] if len(layers) == 1 else tuple(layers)
+    return build(LlavaConfig, {
+        **data, "image_token_index": data.get("image_token_id", data.get("image_token_index", 32000)),
+        "vision_feature_layer": layers,
+        "vision_config": VIT_L_14_336 if vision is None else build(VisionConfig, vision),
+        "text_config": _text_config(text),
+    })  # fmt: skip
+
+
+def _original(data: dict, image_token: int | None) -> dict:
+    """The fields of `LlavaConfig` from the original's entries (its `llava/model/llava_arch.py`)."""
+    name, width, layer = (data.get(f"mm_{key}") for key in ("vision_tower", "hidden_size", "vision_select_layer"))
+    tower = TOWERS.get(str(name).rstrip("/").split("/")[-1])  # openai/..., or somebody's folder
+    if tower is None:
+        raise HimapError(f"mm_vision_tower {name!r} is not supported: expected openai/{' or openai/'.join(TOWERS)}")
+    if width not in (None, tower.hidden_size):
+        raise HimapError(f"mm_hidden_size {short(width)}: mm_vision_tower {name!r} is {tower.hidden_size} wide")
+    if layer not in (None, *range(-25, 25)):
+        raise HimapError(f"mm_vision_select_layer {short(layer)}: expected one index into 25 hidden states")
+    values = {"vision_config": tower, "text_config": _text_config(data)}
+    index = data.get("image_token_id", data.get("image_token_index"))
+    if (index := image_token if index in (None, -200) else index) is not None:  # -200: within the original's code
+        values["image_token_index"] = index
+    return values | {
+        "vision_feature_layer": -2 if layer is None else layer,
+        "vision_feature_select_strategy": "full" if data.get("mm_vision_select_feature") == "cls_patch" else "default",
+        "projector_type": data.get("mm_projector_type", "linear"),
+    }
 
 
 def _text_config(data: dict) -> TextConfig:
     _check_type(data, "text_config.", "llama", "llava", "llava_llama")
-    rope = section(data, "rope_parameters") or section(data, "rope_scaling") or {}
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise HimapError(f"RoPE of type {short(rope_type)} is not supported: only 'default' is")
-    return build(TextConfig, data | rope)  # rope_theta stands in either
+    rope = section(data, "rope_scaling") or section(data, "rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind in ("linear", "dynamic", "yarn") and rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1):
+        kind = "default"
+    if kind not in [*ROPE]:
+        raise HimapError(f"RoPE of type {short(kind)} is not supported: expected {', '.join(ROPE)}, or a factor of 1")
+    context = "original_max_position_embeddings"  # stands beside the settings, else among them, else there is but one
+    said = {context: data.get("max_position_embeddings", 2048), **rope, **{k: data[k] for k in [context] if k in data}}
+    settings = {name: said.get(name) for name in ROPE[kind]}
+    theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
+    plain = {name: value for name, value in data.items() if name not in ROPE["llama3"]}
+    text = build(TextConfig, {**plain, **settings, "rope_theta": theta, "rope_type": kind})
+    if text.low_freq_factor >= text.high_freq_factor:
+        raise HimapError(f"RoPE: low_freq_factor {text.low_freq_factor} is not below high_freq_factor")
+    return text
 
 
 def _check_type(data: dict, where: str, *supported: str) -> None:
@@ -83,12 +136,13 @@ def _check_type(data: dict, where: str, *supported: str) -> None:
 
 
 def read_image_processor(folder: Path, image_size: int) -> ImageProcessor:
-    """From preprocessor_config.json or, as transformers 5 may write it, from within processor_config.json."""
-    data = {"do_pad": read_json(folder / "config.json").get("image_aspect_ratio") == "pad"}  # the original LLaVA's
-    if (path := folder / "preprocessor_config.json").exists():
-        data |= read_json(path)
-    elif (path := folder / "processor_config.json").exists():
-        data |= section(read_json(path), "image_processor") or {}
+    """From within processor_config.json, as transformers 5 writes it, else the whole of preprocessor_config.json."""
+    older, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    data = section(read_json(newer), "image_processor") if newer.exists() else None
+    if data is None:
+        data = read_json(older) if older.exists() else {}
+    if data.get("do_pad") is None:
+        data["do_pad"] = read_json(folder / "config.json").get("image_aspect_ratio") == "pad"  # the original LLaVA's
     processor = image_processor(data, image_size)
     if (processor.crop_size or processor.size) != (image_size, image_size):
         raise HimapError(f"{folder}: the image processor does not make pictures of {image_size} pixels a side")

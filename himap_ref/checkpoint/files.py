@@ -13,25 +13,45 @@ from ..errors import HimapError
 from ..image import read_bytes
 
 SHORT_NAMES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+FOLDERS = re.compile(r"(weights?|models?|checkpoints?|ckpts?|outputs?|results?|runs?|data)/.*", re.IGNORECASE)
+SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
-    """A local folder, or one downloaded from the hub (resumable, with a progress bar)."""
+    """A local folder, or one downloaded from the hub (resumable, with a progress bar), of a whole model."""
     if os.path.isdir(source):
         if revision is not None:
             raise HimapError(f"revision {revision!r}: {str(source)!r} is a folder, which has no other: leave it out")
-        return Path(source)
-    name = SHORT_NAMES.get(str(source), str(source))
-    if os.path.exists(source) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        folder = Path(source)
+    else:
+        folder = _download(SHORT_NAMES.get(str(source), source), revision)
+    if (folder / "adapter_config.json").is_file():
+        raise HimapError(
+            f"{folder}: adapter_config.json: a LoRA adapter, which is not applied here: merge it into its model (peft: "
+            "merge_and_unload, then save_pretrained), or remove that file where this is done"
+        )
+    return folder
+
+
+def _download(name: str | Path, revision: str | None) -> Path:
+    """A hub repository. A name that may be meant for a folder is never asked for: the hub could have it, too."""
+    if isinstance(name, Path) or os.path.exists(name) or not HUB_ID.fullmatch(name):
         names = ", ".join(SHORT_NAMES)
-        raise HimapError(f"weights {str(source)!r}: no such folder, hub id (owner/name) or short name ({names})")
+        raise HimapError(f"weights {str(name)!r}: no such folder, hub id (owner/name) or short name ({names})")
+    owner = name.split("/")[0]
+    if name not in SHORT_NAMES.values() and (os.path.exists(owner) or FOLDERS.fullmatch(name)):
+        raise HimapError(
+            f"weights {name!r}: no such folder here; if a repository of the hub is meant, download it first: "
+            f"hf download {name} --local-dir FOLDER"
+        )
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub's own errors, those of the HTTP library of its version, OSError
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise HimapError(f"weights {name!r}: cannot be downloaded ({reason})") from None
+        raise HimapError(f"weights {name!r}: no such folder here, nor can the hub's be downloaded ({reason})") from None
 
 
 def find_device(name: str | torch.device, dtype: torch.dtype = torch.float32) -> torch.device:
@@ -63,28 +83,47 @@ def section(data: dict, name: str) -> dict | None:
     return inner
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, from its index if it has one."""
+def read_index(folder: Path) -> dict[str, str]:
+    """The file that each tensor is in; {} without an index, and beside a model.safetensors, which goes before it."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise HimapError(f"{index}: not a shard index (no weight_map)")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise HimapError(f"{index}: shard {name!r} lies outside the folder")
-            if not os.path.isfile(folder / name):
-                raise HimapError(f"{folder}: shard {name} is missing: download it again")
-        return [folder / name for name in names]
-    if files := sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
-        return files
-    if pickles := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not (weight_map and isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())):
+        raise HimapError(f"{index}: not a shard index (no weight_map)")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise HimapError(f"{index}: shard {name!r} lies outside the folder")
+        if not os.path.isfile(folder / name):
+            raise HimapError(f"{folder}: shard {name} is missing: download it again")
+    return weight_map
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The safetensors files that are the model: those that transformers takes, else the only set or file there is."""
+    files = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    if "model.safetensors" in files:
+        return [folder / "model.safetensors"]
+    if index := read_index(folder):
+        return [folder / name for name in sorted(set(index.values()))]
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles == ["mm_projector.bin"] and not files:
+        raise HimapError(f"{folder}: holds a projector alone, in mm_projector.bin: a whole LLaVA is needed")
+    if pickles and not (files and "pytorch_model.bin" not in pickles):
         raise HimapError(
             f"{folder}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors first "
             "(transformers: from_pretrained(...).save_pretrained(folder)) or use a llava-hf repository"
         )
-    raise HimapError(f"{folder}: no .safetensors file (a repository of .bin files must be converted first)")
+    if not files:
+        raise HimapError(f"{folder}: no .safetensors file (a repository of .bin files must be converted first)")
+    shard = SHARD.fullmatch(files[0])
+    numbers = range(1, int(shard[3]) + 1) if shard else ()
+    whole = [f"{shard[1]}-{i:05}-of-{shard[3]}.safetensors" for i in numbers] if shard else files[:1]
+    if others := sorted({*files} - {*whole}):
+        raise HimapError(f"{folder}: {files[0]} or {others[0]}? Rename what is the model to model.safetensors")
+    if missing := [name for name in whole if name not in files]:
+        raise HimapError(f"{folder}: shard {missing[0]} is missing: download it again")
+    return [folder / name for name in whole]
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

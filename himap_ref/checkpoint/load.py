@@ -2,7 +2,9 @@
 misshapen. Only safetensors are read, never pickles."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from ..config import LlavaConfig
 from ..errors import HimapError
 from ..model import LlavaModel
-from .files import tensor_files
+from .config import QUANTISED
+from .files import read_index, tensor_files
 
 # (checkpoint, ours): the first prefix that fits is replaced.
 PREFIXES = (
@@ -29,10 +32,26 @@ PREFIXES = (
     ("model.", "language_model."),  # the original LLaVA
 )
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # stored by old versions, computed here
+WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # torch's; no more
+FOREIGN = {  # in a tensor's name, for which there is no place here: why
+    r"^base_model\.|\.lora_|\.base_layer\.|\.modules_to_save\.": "a LoRA adapter: merge it into its model (peft: "
+    "merge_and_unload, then save_pretrained)",
+    r"\.(q(weight|zeros)|g_idx|scales|SCB|weight_format|\w*(scale|scale_inv|zero_point|packed|absmax|quant_\w+))(\.|$)":
+    QUANTISED,
+    "": "config.json describes no such part",
+}  # fmt: skip
+APART = {  # a part of LLaVA: where it may be if it is not in the files
+    "vision_tower": "the original LLaVA takes it from a repository of its own (config.json: mm_vision_tower)",
+    "multi_modal_projector": "LLaVA's training leaves it in a file of its own (mm_projector.bin)",
+    "language_model": "the files hold what was trained, not what it was trained for",
+}
+Found = list[tuple[str, Path, Any]]  # of each tensor its name, the path of its file and that file, open
+HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
 
 
 def rename(name: str) -> str:
     """A checkpoint's tensor name in ours; one that no layout has stays as it is."""
+    name = WRAPPERS.sub("", name)
     for theirs, ours in PREFIXES:
         if name.startswith(theirs):
             leaf = name.removeprefix(theirs)
@@ -44,36 +63,60 @@ def rename(name: str) -> str:
 
 def is_unused(name: str, config: LlavaConfig) -> bool:
     """Tensors that a checkpoint rightly holds and this model never needs."""
-    stale = name == "language_model.lm_head.weight" and config.text_config.tie_word_embeddings
-    if stale or name.endswith(BUFFERS) or name.startswith("vision_tower.post_layernorm."):
+    if name.endswith(BUFFERS) or name.startswith("vision_tower.post_layernorm."):
         return True
     layer = re.match(r"vision_tower\.layers\.([0-9]{1,9})\.", name)
     return layer is not None and config.vision_layers_used <= int(layer[1]) < config.vision_config.num_hidden_layers
 
 
-def load_weights(model: LlavaModel, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Fills `model`, built on the meta device. Tensors that need neither cast nor move stay mapped from the file."""
-    config, expected, found = model.config, model.state_dict(), {}
+def find_tensors(folder: Path) -> Found:
+    """All that the model's files hold; of a tensor that several shards hold that one which the index names."""
+    index, found = read_index(folder), []
     for path in tensor_files(folder):
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise HimapError(f"{path}: not a readable safetensors file ({error})") from None
-        for theirs in file.keys():  # noqa: SIM118 - not a dict
-            name, what = rename(theirs), f"{path}: tensor {theirs!r}"
-            if is_unused(name, config):
-                continue
-            if name not in expected:
-                raise HimapError(f"{what} is unexpected: config.json describes no such part")
-            if name in found:
-                raise HimapError(f"{what} appears twice")
-            header, shape = file.get_slice(theirs), list(expected[name].shape)
-            if header.get_shape() != shape:
-                raise HimapError(f"{what} has shape {header.get_shape()}, config.json asks for {shape}")
-            if header.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-                raise HimapError(f"{what} holds {header.get_dtype()}, not floating-point numbers of 16 bits or more")
-            found[name] = file.get_tensor(theirs).to(device, dtype)
-    if missing := [name for name in expected if name not in found]:
+        names = {*file.keys()}
+        found += [(name, path, file) for name in sorted(names) if index.get(name, path.name) == path.name]
+        if lost := sorted(name for name, shard in index.items() if shard == path.name and name not in names):
+            raise HimapError(f"{path}: tensor {lost[0]!r} is not in it, though the index says so: download both again")
+    return found
+
+
+def settle_head(config: LlavaConfig, found: Found) -> LlavaConfig:
+    """The flag does not decide it: where a head is stored beside the embeddings, they are not tied."""
+    apart = {HEAD, EMBEDDINGS} <= {rename(name) for name, _, _ in found}
+    text = replace(config.text_config, tie_word_embeddings=config.text_config.tie_word_embeddings and not apart)
+    return replace(config, text_config=text)
+
+
+def load_weights(model: LlavaModel, folder: Path, found: Found, dtype: torch.dtype, device: torch.device) -> None:
+    """Fills `model`, built on the meta device. Tensors that need neither cast nor move stay mapped from the file."""
+    config, expected, weights = model.config, model.state_dict(), {}
+    for theirs, path, file in found:
+        name, what = rename(theirs), f"{path}: tensor {theirs!r}"
+        if is_unused(name, config):
+            continue
+        if name == HEAD and config.text_config.tie_word_embeddings:
+            name = EMBEDDINGS  # stored under this name alone
+        if name not in expected:
+            why = next(why for pattern, why in FOREIGN.items() if re.search(pattern, theirs))
+            raise HimapError(f"{what} is unexpected: {why}")
+        if name in weights:
+            raise HimapError(f"{what} appears twice")
+        header, shape = file.get_slice(theirs), list(expected[name].shape)
+        if header.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+            raise HimapError(f"{what} holds {header.get_dtype()}, not floats of 16 bits or more: {QUANTISED}")
+        if header.get_shape() != shape:
+            empty = " (left empty by DeepSpeed ZeRO-3: see its zero_to_fp32.py)" if header.get_shape() == [0] else ""
+            raise HimapError(f"{what} has shape {header.get_shape()}, config.json asks for {shape}{empty}")
+        weights[name] = file.get_tensor(theirs).to(device, dtype)
+    missing = [name for name in expected if name not in weights]
+    for part, where in APART.items():
+        if not any(name.startswith(f"{part}.") for name in weights):
+            raise HimapError(f"{folder}: no {part} in it: {where}: use a folder that holds all, such as llava-hf's")
+    if missing:
         raise HimapError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all): not a complete LLaVA")
-    model.load_state_dict(found, strict=True, assign=True)
+    model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False)

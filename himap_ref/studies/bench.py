@@ -33,7 +33,6 @@ from ..assistant import Llava
 from ..assistant.answer import kv_cache_bytes, vanilla_passes
 from ..checkpoint.files import find_device, find_folder, tensor_files
 from ..checkpoint.load import rename
-from ..checkpoint.write import config_json
 from ..commands.files import check_writable, write_text
 from ..commands.manners import run_command
 from ..commands.options import EMBEDDED
@@ -45,6 +44,7 @@ from ..generation import generate
 from ..kernels import single_rows
 from ..methods.reducers import ImageReducer
 from ..methods.schedules import parse_method
+from .hub_layout import config_json
 from .random_weights import random_model, write
 from .timing import CALM, Contestant, Mark, cores_had, note_products, take_turns
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..assistant import Llava
 from ..checkpoint.files import find_device
-from ..checkpoint.write import folder_files
 from ..config import LlavaConfig
 from ..errors import HimapError
 from ..image import ImageProcessor
+from .hub_layout import folder_files
 
 PERIOD = 1_000_003  # prime, so that no two rows of a matrix are the same piece of the block
 SHARD = 2**30  # bytes of one file; writing takes twice that in memory

@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..assistant import Llava
-from ..checkpoint.write import folder_files
 from ..commands.files import check_writable, write_whole
 from ..commands.manners import run_command
 from ..config import LlavaConfig, TextConfig, VisionConfig
@@ -43,6 +42,7 @@ from ..decoder import DecoderLayer, rope
 from ..errors import HimapError
 from ..image import ImageProcessor
 from ..prompt import TEMPLATES
+from .hub_layout import folder_files
 from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, Scene, draw, make_questions, make_scene
 
 GRID = SIZE // PATCH

@@ -10,8 +10,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save
 from torch import Tensor
 
+from ..checkpoint.config import PAIR, ROPE
 from ..config import LlavaConfig
-from .config import PAIR
 
 
 def hub_name(name: str) -> str:
@@ -29,6 +29,9 @@ def config_json(config: LlavaConfig, tokens: dict[str, int]) -> dict:
     data = asdict(config)
     vision, text = data["vision_config"], data["text_config"]
     del data["projector_type"]  # the original LLaVA's key
+    rope = {name: text.pop(name) for name in ("rope_type", *ROPE["llama3"])}
+    if rope["rope_type"] != "default":
+        text["rope_scaling"] = {name: rope[name] for name in ("rope_type", *ROPE[rope["rope_type"]])}
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **data, **tokens,
         "image_seq_length": config.num_image_tokens, "tie_word_embeddings": text["tie_word_embeddings"],
