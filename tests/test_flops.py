@@ -52,6 +52,11 @@ CASES = {
     "full strategy": ({"vision_feature_select_strategy": "full"}, (*TWO, Stage(4, 1, last_to_image))),
     "last vision layer": ({"vision_feature_layer": -1}, (Stage(1, 9, random), Stage(2, 4, all_to_image))),
     "first vision layer": ({"vision_feature_layer": 1, "vision": {"patch_size": 4}}, (Stage(2, 0.5, both_ways),)),
+    "several vision layers": ({"vision_feature_layer": (-3, 2, 0)}, TWO),
+    "several, class token, linear": ({
+        "vision_feature_layer": (-1, 1), "vision_feature_select_strategy": "full", "projector_type": "linear",
+    }, TWO),
+    "longer contexts": ({"text": {"rope_type": "llama3", "factor": 8.0}}, TWO),
     "no vision layer": ({"vision_feature_layer": 0}, (Stage(1, 1, image_to_image), Stage(4, 1, text_to_image))),
     "wide heads": ({"text": {"head_dim": 12, "num_hidden_layers": 3}}, (Stage(2, 16, image_to_image),)),
     "the whole picture": ({}, (Stage(2, 9, text_to_image), Stage(3, 0, None))),

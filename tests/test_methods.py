@@ -127,9 +127,11 @@ def slow_cls_attention(model, pixels):
     return attention[:, 1:]
 
 
-def test_cls_attention_keeps_the_highest_in_order(tiny_llava, pixels):
-    """Another row, layer or head than meant; the class token counted as a patch; tokens out of order."""
-    model = tiny_llava()
+@pytest.mark.parametrize("layers", [-2, (1, -2), (3, 0, 2)], ids=str)
+def test_cls_attention_keeps_the_highest_in_order(tiny_llava, pixels, layers):
+    """Another row, layer or head than meant; the class token counted as a patch; tokens out of order; one layer's
+    features where the model takes several."""
+    model = tiny_llava(vision_feature_layer=layers)
     attention, every = slow_cls_attention(model, pixels), model.embed_image(pixels)
     for keep in (1, 5, 16):
         kept = attention.topk(keep).indices.sort().values
@@ -149,7 +151,9 @@ def test_average_pool(tiny_llava, pixels):
 
 
 @pytest.mark.parametrize("reducer", [ClsAttention(5), ClsAttention(16), AveragePool(3)], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"projector_type": "linear"}, {"vision_feature_layer": -1}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, {"projector_type": "linear"}, {"vision_feature_layer": -1}, {"vision_feature_layer": (-2, 0, 1)},
+], ids=str)  # fmt: skip
 def test_reducers_count_themselves(tiny_llava, pixels, reducer, changes):
     """FLOPs that a method spends before the decoder and does not own up to."""
     model = tiny_llava(**changes)

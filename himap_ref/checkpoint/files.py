@@ -109,7 +109,7 @@ def tensor_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles == ["mm_projector.bin"] and not files:
         raise HimapError(f"{folder}: holds a projector alone, in mm_projector.bin: a whole LLaVA is needed")
-    if pickles and not (files and "pytorch_model.bin" not in pickles):
+    if pickles and (not files or any(name.startswith("pytorch_model") for name in pickles)):
         raise HimapError(
             f"{folder}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors first "
             "(transformers: from_pretrained(...).save_pretrained(folder)) or use a llava-hf repository"

@@ -32,7 +32,7 @@ PREFIXES = (
     ("model.", "language_model."),  # the original LLaVA
 )
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # stored by old versions, computed here
-WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # torch's; no more
+WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's: only names
 FOREIGN = {  # in a tensor's name, for which there is no place here: why
     r"^base_model\.|\.lora_|\.base_layer\.|\.modules_to_save\.": "a LoRA adapter: merge it into its model (peft: "
     "merge_and_unload, then save_pretrained)",

@@ -1,0 +1,455 @@
+"""What a folder means, and what is refused by its own name: the rules of tests/parity/test_folders.py, and more, on
+small folders of our own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_weights import QUERY, changed, random_llava, same, tensors_of, write
+from toys import TINY_CONFIG, make_tokenizer, noise, write_json
+
+from himap_ref import HimapError, Llava
+from himap_ref.checkpoint.config import QUANTISED, read_config, read_image_processor
+from himap_ref.checkpoint.files import find_folder
+from himap_ref.decoder import rope
+from himap_ref.studies.hub_layout import config_json
+
+SAFE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+@pytest.fixture
+def model() -> Llava:
+    return random_llava(TINY_CONFIG)
+
+
+@pytest.fixture
+def other() -> Llava:
+    return random_llava(TINY_CONFIG, seed=1)
+
+
+@pytest.fixture
+def folder(tmp_path, model) -> Path:
+    return write(tmp_path / "model", tensors_of(model))
+
+
+# ---------------------------------------------------------------- A. silently other weights
+
+
+@pytest.mark.parametrize("place", ["top", "text", "original"])
+@pytest.mark.parametrize("stored", ["both", "embeddings", "head"])
+def test_tied_embeddings(tmp_path, place, stored):
+    """A trained head thrown away because of a flag; a tied model refused for a head that it need not store."""
+    data = changed(text_config={"tie_word_embeddings": True}) if place == "text" else changed(tie_word_embeddings=True)
+    tensors = tensors_of(random_llava(TINY_CONFIG))
+    kept = {"both": {HEAD, EMBEDDINGS}, "embeddings": {EMBEDDINGS}, "head": {HEAD}}[stored]
+    only = {name: tensor for name, tensor in tensors.items() if name not in {HEAD, EMBEDDINGS} - kept}
+    if place == "original":  # its names; in its config.json there is but one place
+        prefix = re.compile(r"language_model\.(?=model\.)?")
+        only = {prefix.sub("", name): tensor for name, tensor in only.items()}
+    decoder = Llava.from_pretrained(write(tmp_path / "model", only, data)).language_model
+    hidden = torch.randn(3, 16)
+    assert torch.equal(decoder.logits(hidden), hidden @ tensors[HEAD if HEAD in kept else EMBEDDINGS].T)
+    assert torch.equal(decoder.embed_tokens.weight, tensors[EMBEDDINGS if EMBEDDINGS in kept else HEAD])
+    assert decoder.config.tie_word_embeddings == (stored != "both") == (not hasattr(decoder, "lm_head"))
+
+
+def split(folder, tensors, count=3, name="model-{:05}-of-{:05}.safetensors") -> dict[str, str]:
+    """Shards instead of the one file; returns the index's map, which is not written."""
+    (folder / SAFE).unlink(missing_ok=True)
+    files = [name.format(i + 1, count) for i in range(count)]
+    weight_map = {tensor: files[i % count] for i, tensor in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({key: tensors[key] for key in tensors if weight_map[key] == file}, folder / file)
+    return weight_map
+
+
+def index(folder: Path, weight_map: dict) -> None:
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def stale_index(folder, old, new):
+    index(folder, split(folder, old))
+    save_file(new, folder / SAFE)
+
+
+def stale_index_without_shards(folder, old, new):
+    index(folder, {QUERY: "model-00001-of-00009.safetensors"})
+    save_file(new, folder / SAFE)
+
+
+def strays_beside_one(folder, old, new):
+    for name in ("adapter_model", "consolidated", "model.fp16", "zzz", "model-00001-of-00002", "aaa"):
+        save_file(old, folder / f"{name}.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    save_file(new, folder / SAFE)
+
+
+def strays_beside_shards(folder, old, new):
+    strays_beside_one(folder, old, new)
+    index(folder, split(folder, new))
+
+
+def overlay(folder, old, new):
+    """Shards of a few tensors, first and last in order, beside a set that still holds their old values."""
+    first, last, rest = list(new)[:3], list(new)[3:5], list(new)[5:]
+    weight_map = split(folder, old | {name: new[name] for name in rest}, 2)
+    index(folder, weight_map | dict.fromkeys(first, "a.safetensors") | dict.fromkeys(last, "z.safetensors"))
+    save_file({name: new[name] for name in first}, folder / "a.safetensors")
+    save_file({name: new[name] for name in last}, folder / "z.safetensors")
+
+
+def listed_in_part(folder, old, new):
+    index(folder, dict(list(split(folder, new).items())[:-4]))
+
+
+def other_pickles(folder, old, new):
+    split(folder, new)
+    for name in ("optimizer.pt", "training_args.bin", "rng_state.pth"):
+        (folder / name).write_bytes(b"x")
+
+
+FILES = {
+    "a stale index and its shards": stale_index, "a stale index alone": stale_index_without_shards,
+    "strays beside one file": strays_beside_one, "strays beside shards": strays_beside_shards,
+    "an overlay": overlay, "an index that does not list all": listed_in_part,
+    "shards without an index": lambda folder, old, new: split(folder, new),
+    "shards of another name": lambda folder, old, new: split(folder, new, 2, "llava.v1-{:05}-of-{:05}.safetensors"),
+    "one file of another name": lambda folder, old, new: split(folder, new, 1, "weights.fp32.safetensors"),
+    "pickles that are none of the model": other_pickles,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", FILES)
+def test_which_files_are_the_model(folder, model, other, state):
+    """The weights of an earlier save, of a file that lies about, or some of each."""
+    FILES[state](folder, tensors_of(model), tensors_of(other))
+    assert same(Llava.from_pretrained(folder), other)
+
+
+SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+UNCLEAR = {
+    "two files": (["a.safetensors", "b.safetensors"], "a.safetensors or b.safetensors?"),
+    "two sets": (["model-00001-of-00001.safetensors", SHARDS[0]], f"00001.safetensors or {SHARDS[0]}"),
+    "a set and a stray": ([*SHARDS, "adapter_model.safetensors"], f"adapter_model.safetensors or {SHARDS[0]}"),
+    "first shard missing": ([SHARDS[1]], f"shard {SHARDS[0]} is missing"),
+    "last shard missing": ([SHARDS[0]], f"shard {SHARDS[1]} is missing"),
+    "transformers' pickle": (["consolidated.safetensors", "pytorch_model.bin"], "pytorch_model.bin is a pickle"),
+    "its shards": (
+        ["consolidated.safetensors", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"],
+        "pytorch_model-00001-of-00002.bin is a pickle",
+    ),
+}
+
+
+@pytest.mark.parametrize("files, words", UNCLEAR.values(), ids=UNCLEAR)
+def test_unclear_files(folder, files, words):
+    """A guess; the file that transformers would read left aside; tensors named instead of the file that is missing."""
+    data = (folder / SAFE).read_bytes()
+    (folder / SAFE).unlink()
+    for file in files:
+        (folder / file).write_bytes(data if file.endswith(".safetensors") else b"{}")
+    with pytest.raises(HimapError, match=words):
+        Llava.from_pretrained(folder)
+
+
+def test_index_and_shard_that_disagree(folder, model):
+    """A tensor taken from a shard that only has an older one of that name."""
+    weight_map = split(folder, tensors_of(model))
+    wrong = next(file for file in weight_map.values() if file != weight_map[QUERY])
+    index(folder, weight_map | {QUERY: wrong})
+    with pytest.raises(HimapError, match=re.escape(f"{wrong}: tensor '{QUERY}' is not in it")):
+        Llava.from_pretrained(folder)
+
+
+MEAN = {"image_mean": [0.1, 0.2, 0.3]}
+PROCESSORS = [  # processor_config.json, preprocessor_config.json: the first channel's mean, padding
+    ({"image_processor": MEAN}, {"image_mean": [0.5] * 3}, 0.1, False),
+    ({"image_processor": {}}, {"image_mean": [0.5] * 3}, 0.48145466, False),  # wins whole, and says nothing
+    ({"image_processor": {"do_pad": True}}, {**MEAN, "do_pad": False}, 0.48145466, True),
+    ({"image_processor": None}, MEAN, 0.1, False),
+    ({"patch_size": 14}, MEAN, 0.1, False),
+    (None, MEAN, 0.1, False),
+    ({"image_processor": MEAN}, None, 0.1, False),
+    (None, None, 0.48145466, False),
+]
+
+
+@pytest.mark.parametrize("newer, older, mean, pad", PROCESSORS)
+def test_two_files_of_an_image_processor(folder, newer, older, mean, pad):
+    """The older file's settings, or a mixture that nobody has ever used."""
+    for name, data in (("processor_config.json", newer), ("preprocessor_config.json", older)):
+        if data is not None:
+            write_json(folder / name, data)
+    processor = Llava.from_pretrained(folder).image_processor
+    assert (processor.image_mean[0], processor.do_pad) == (mean, pad)
+
+
+@pytest.mark.parametrize("said, pad", [(None, True), (False, False), (True, True)])
+def test_padding_that_is_null(folder, said, pad):
+    """A null (transformers writes one) taken for the original LLaVA's "pad" switched off."""
+    write_json(folder / "config.json", changed(image_aspect_ratio="pad"))
+    write_json(folder / "preprocessor_config.json", {"do_pad": said})
+    assert Llava.from_pretrained(folder).image_processor.do_pad is pad
+
+
+# ---------------------------------------------------------------- B, C. entries of config.json
+
+ORIGINAL = {
+    "model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+    "image_aspect_ratio": "pad", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "hidden_size": 32,
+    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 310, "use_mm_proj": True,
+    "mm_patch_merge_type": "flat", "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True,
+}  # fmt: skip
+REFUSED = [
+    {"mm_use_im_start_end": True}, {"image_aspect_ratio": "anyres"}, {"image_aspect_ratio": "anyres_max_9"},
+    {"image_aspect_ratio": ["pad"]}, {"mm_patch_merge_type": "spatial_unpad"}, {"mm_patch_merge_type": "spatial"},
+    {"mm_projector_type": "mlp3x_gelu"}, {"mm_projector_type": "identity"}, {"mm_projector_type": None},
+    {"mm_vision_select_feature": "cls"}, {"mm_vision_select_layer": 25}, {"mm_vision_select_layer": [-2]},
+    {"mm_vision_select_layer": "-2"}, {"mm_resampler_type": "spatial_pool"}, {"s2": True}, {"mm_hidden_size": 1152},
+    {"mm_hidden_size": "1024"}, {"mm_vision_tower": None}, {"mm_vision_tower": "google/siglip-so400m-patch14-384"},
+    {"mm_vision_tower": "eva_clip_g"}, {"mm_vision_tower": "openai/clip-vit-base-patch16"}, {"mm_vision_tower": ["x"]},
+    {"mm_vision_tower": "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"}, {"mm_vision_tower": "./checkpoints/my-tower"},
+    {"mm_vision_tower": "openai/clip-vit-large-patch14-336-tuned"}, {"image_token_index": -1},
+    {"quantization_config": {"quant_method": "gptq"}}, {"transformers_weights": "other.safetensors"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", REFUSED, ids=str)
+def test_refused_by_its_own_name(folder, entry):
+    """A model that answers wrongly; a message about a key that the file does not have, or about a tensor."""
+    (folder / SAFE).write_bytes(b"never read")
+    write_json(folder / "config.json", ORIGINAL | entry)
+    (name, value), = entry.items()
+    with pytest.raises(HimapError, match=rf"\b{name}\b") as caught:
+        Llava.from_pretrained(folder)
+    assert name == "quantization_config" or str(value)[:30].strip("[]'") in str(caught.value)
+    assert "vision_feature" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tower, size", [
+    ("openai/clip-vit-large-patch14-336", 336), ("openai/clip-vit-large-patch14", 224),
+    ("/data/models/clip-vit-large-patch14-336/", 336), ("./clip-vit-large-patch14", 224),
+])  # fmt: skip
+def test_towers(tmp_path, tower, size):
+    """A tower of 224 pixels built as one of 336: other patches, a message about 577 positions that nobody asks for."""
+    data = ORIGINAL | {"mm_vision_tower": tower}
+    write_json(tmp_path / "config.json", data)
+    config = read_config(data)
+    with torch.device("meta"):
+        model = Llava(config)
+    assert model.vision_tower.embeddings.position_embedding.weight.shape == ((size // 14) ** 2 + 1, 1024)
+    assert config.num_image_tokens == (size // 14) ** 2 and config.vision_layers_used == 23
+    processor = read_image_processor(tmp_path, config.vision_config.image_size)
+    assert processor(noise(50, 40)).shape == (1, 3, size, size) and processor.do_pad
+
+
+@pytest.mark.parametrize("entry, expected", [
+    ({}, 300), ({"image_token_index": None}, 300), ({"image_token_index": -200}, 300), ({"image_token_index": 7}, 7),
+    ({"image_token_id": 9}, 9), ({"image_token_index": 7, "image_token_id": 9}, 9),
+])  # fmt: skip
+def test_image_token_of_the_original(entry, expected):
+    """32000 whatever the file and the tokenizer say, and a message that asks to add the token that is there."""
+    assert read_config(ORIGINAL | entry, image_token=300).image_token_index == expected
+    if expected == 300:
+        assert read_config({name: v for name, v in (ORIGINAL | entry).items() if v != -200}).image_token_index == 32000
+
+
+def test_the_tokenizers_image_token(tmp_path, monkeypatch):
+    """As above, from a folder; llava-hf's own default stays 32000."""
+    asked = []
+    monkeypatch.setattr("himap_ref.assistant.llava.read_config", lambda *args: asked.append(args) or read_config(*args))
+    folder = write(tmp_path / "model", {"x": torch.zeros(1)}, ORIGINAL)
+    with pytest.raises(HimapError, match="unexpected"):
+        Llava.from_pretrained(folder)
+    assert asked[0][1] == make_tokenizer("byte-level").token_to_id("<image>") is not None
+    plain = {name: value for name, value in TINY_CONFIG.items() if name != "image_token_index"}
+    assert read_config(plain, image_token=300).image_token_index == 32000
+
+
+def test_sections_go_before_the_originals_entries():
+    """A converted config.json that still has entries of the original's: transformers reads the sections."""
+    assert read_config({**TINY_CONFIG, "mm_vision_tower": "siglip"}) == read_config(TINY_CONFIG)
+
+
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_quantised_config(folder, part):
+    """Told of a tensor's shape, after a download of gigabytes."""
+    data = copy.deepcopy(TINY_CONFIG)
+    (data[part] if part else data)["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    write_json(folder / "config.json", data)
+    with pytest.raises(HimapError, match=re.escape(QUANTISED)):
+        Llava.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------- E. LLaVAs that were refused
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 128}  # fmt: skip
+
+
+def angles(**settings) -> torch.Tensor:
+    """The angle of position 1 in each pair of channels, head size 8."""
+    data = changed(text_config={"head_dim": 8, **settings})
+    cos, sin = rope(torch.tensor([[1]]), read_config(data).text_config, torch.float32)
+    return torch.atan2(sin, cos)[0, 0, 0, :4]
+
+
+def test_rope_by_hand():
+    """All channels scaled alike, the fast ones too, or the turns counted in radians."""
+    plain = torch.tensor([1.0, 0.1, 0.01, 0.001])
+    torch.testing.assert_close(angles(), plain)
+    torch.testing.assert_close(angles(rope_scaling={"type": "linear", "factor": 4}), plain / 4)
+    turns = 128 * plain / 6.283185307179586  # 20.4, 2.04, 0.204, 0.0204: fast, between, slow, slow
+    share = (turns[1] - 1) / 3
+    mixed = torch.stack((plain[0], share * plain[1] + (1 - share) * plain[1] / 8, plain[2] / 8, plain[3] / 8))
+    torch.testing.assert_close(angles(rope_scaling=LLAMA3), mixed)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"type": "dynamic", "factor": 2.0}, "'dynamic'"), ({"rope_type": "yarn", "factor": 4.0}, "'yarn'"),
+    ({"rope_type": "longrope", "factor": 1.0}, "'longrope'"), ({"rope_type": "yarn"}, "'yarn'"),
+    ({"rope_type": "yarn", "factor": 1.0, "attention_factor": 0.5}, "'yarn'"), ({"type": ["linear"]}, "linear"),
+    ({"type": "linear"}, "factor None"), ({"type": "linear", "factor": "4"}, "factor '4'"),
+    ({"type": "linear", "factor": 0}, "factor 0"), ({**LLAMA3, "low_freq_factor": None}, "low_freq_factor None"),
+    ({**LLAMA3, "high_freq_factor": 1.0}, "low_freq_factor 1.0 is not below"),
+    ({**LLAMA3, "factor": True}, "factor True"),
+    ({**LLAMA3, "original_max_position_embeddings": 0}, "original_max_position_embeddings 0"),
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_refused_rope(key, settings, words):
+    """A type that is not computed taken for another; infinite or NaN angles."""
+    with pytest.raises(HimapError, match=words):
+        read_config(changed(text_config={key: settings}))
+
+
+@pytest.mark.parametrize("layers", [[-2], [-2, -1], [0, 3], [1, 1]], ids=str)
+def test_config_of_several_layers(layers):
+    """A list of one taken for something else than its layer; layers lost on the way to a file and back."""
+    config = read_config(changed(vision_feature_layer=layers))
+    assert config.feature_layers == tuple(layer % 4 for layer in layers)
+    assert config.vision_layers_used == max(config.feature_layers)
+    assert read_config(json.loads(json.dumps(config_json(config, {})))) == config
+    with torch.device("meta"):
+        assert Llava(config).multi_modal_projector.linear_1.in_features == 16 * len(layers)
+
+
+@pytest.mark.parametrize("layers", [[], [-5], [-2, 4], [True], [-2.0], ["-2"], [[-2]], "-2", [None, -2]], ids=str)
+def test_layers_that_are_none(layers):
+    """A traceback, or the last layer for one that is not there."""
+    with pytest.raises(HimapError, match="vision_feature_layer"):
+        read_config(changed(vision_feature_layer=layers))
+
+
+def without(*parts):
+    return lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(parts)}
+
+
+WRAPPED = {  # a change to the tensors: what the message says
+    "no tower": (without("vision_tower"), "no vision_tower in it.*mm_vision_tower"),
+    "no projector": (without("multi_modal_projector"), "no multi_modal_projector in it.*mm_projector.bin"),
+    "no decoder": (without("language_model"), "no language_model in it"),
+    "neither": (without("vision_tower", "multi_modal_projector"), "no vision_tower in it"),
+    "PEFT": (lambda t: {f"base_model.model.{n}": x for n, x in t.items()}, "merge_and_unload"),
+    "LoRA": (lambda t: {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": t[QUERY][:4]}, "LoRA.*merge"),
+    "LoRA beside": (lambda t: {**t, QUERY.replace("weight", "lora_B.default.weight"): t[QUERY]}, "LoRA.*merge"),
+    "PEFT, unmerged": (lambda t: {n.replace("q_proj.", "q_proj.base_layer."): x for n, x in t.items()}, "LoRA.*merge"),
+    "fp8": (lambda t: {**t, QUERY: t[QUERY].to(torch.float8_e4m3fn)}, f"F8_E4M3.*{QUANTISED}"),
+    "fp8's scale": (lambda t: {**t, f"{QUERY}_scale_inv": t[QUERY]}, QUANTISED),
+    "compressed-tensors": (lambda t: {**t, f"{QUERY}_packed": t[QUERY]}, QUANTISED),
+    "4 bits": (lambda t: {**t, QUERY: torch.zeros(128, 1, dtype=torch.uint8)}, f"holds U8.*{QUANTISED}"),
+    "its statistics": (lambda t: {**t, f"{QUERY}.quant_state.bitsandbytes__nf4": t[QUERY]}, QUANTISED),
+    "its largest": (lambda t: {**t, f"{QUERY}.nested_absmax": t[QUERY]}, QUANTISED),
+    "8 bits": (lambda t: {**t, QUERY: torch.zeros(16, 16, dtype=torch.int8)}, f"holds I8.*{QUANTISED}"),
+    "8 bits' scale": (lambda t: {**t, QUERY.replace("weight", "SCB"): t[QUERY][0]}, QUANTISED),
+    "GPTQ": (lambda t: {**t, QUERY.replace("weight", "qweight"): torch.zeros(2, 16, dtype=torch.int32)}, QUANTISED),
+    "AWQ": (lambda t: {**t, QUERY.replace("weight", "qzeros"): torch.zeros(2, 16, dtype=torch.int32)}, QUANTISED),
+    "ZeRO-3": (lambda t: {**t, QUERY: torch.zeros(0)}, r"shape \[0\].*ZeRO-3"),
+    "something else": (lambda t: {**t, "model.image_newline": t[QUERY][0]}, "image_newline.*describes no such part"),
+}
+
+
+@pytest.mark.parametrize("change, words", WRAPPED.values(), ids=WRAPPED)
+def test_incomplete_or_wrapped(folder, model, change, words):
+    """The first of hundreds of tensors named, and not why they are like this and what to do."""
+    save_file({name: tensor.clone() for name, tensor in change(tensors_of(model)).items()}, folder / SAFE)
+    with pytest.raises(HimapError, match=words):
+        Llava.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("wrap", [
+    "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "_fsdp_wrapped_module.{}",
+])  # fmt: skip
+def test_names_of_torchs_wrappers(folder, model, wrap):
+    """A whole model refused because it was compiled or trained on two cards when it was saved."""
+    save_file({wrap.format(name): tensor for name, tensor in load_file(folder / SAFE).items()}, folder / SAFE)
+    assert same(Llava.from_pretrained(folder), model)
+    inner = {name.replace(".layers.", ".layers._orig_mod."): tensor for name, tensor in tensors_of(model).items()}
+    save_file(inner, folder / SAFE)
+    assert same(Llava.from_pretrained(folder), model)
+
+
+def test_adapter_folder(folder):
+    """The model without its adapter, or a message about a config.json that no adapter has."""
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "x/y"})
+    for name in ("config.json", SAFE):
+        with pytest.raises(HimapError, match="adapter_config.json: a LoRA adapter.*merge"):
+            Llava.from_pretrained(folder)
+        (folder / name).unlink()
+
+
+# ---------------------------------------------------------------- G. paths and hub ids
+
+NOT_ASKED = [
+    "weights/shapes", "Weights/x", "models/llava", "checkpoints/llava-v1.5-7b", "here/llava", "./x/y", "../x/y", "x/y/",
+    "nowhere/", "/x/y", "~/x", "~user/x", "C:\\x", "C:/x", "C:\\x/y", "x\\y/z", "a/b/c", "x", ".x/y", "-x/y", "x/.y",
+    "x y/z", "here/file/x", "file/x", "owner//name", "", "/x", Path("owner/name"), "owner/name\n",
+]  # fmt: skip
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """What the hub is asked for, which has nothing."""
+    names = []
+
+    def download(name, **_):
+        names.append(name)
+        raise OSError("404: no such repository")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
+    return names
+
+
+@pytest.mark.parametrize("source", NOT_ASKED, ids=repr)
+def test_paths_are_not_asked_for(asked, source):
+    """A mistyped path sent to the hub, and whatever somebody has put there under that name run."""
+    with pytest.raises(HimapError, match="no such folder") as caught:
+        find_folder(source)
+    assert not asked
+    assert ("--local-dir" in str(caught.value)) == (source in NOT_ASKED[:5] + ["file/x"])  # that may be meant
+
+
+@pytest.mark.parametrize("source, name", [
+    ("llava-hf/llava-1.5-7b-hf", None), ("owner/name", None), ("a.b-c_d/E.f", None), ("1x/2y", None),
+    ("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf"), ("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf"),
+])  # fmt: skip
+def test_hub_ids_are_asked_for(asked, tmp_path, source, name):
+    """The hub's models out of reach; a failure that leaves the other reading out."""
+    with pytest.raises(HimapError, match="no such folder here, nor can the hub's be downloaded .404: no such rep"):
+        find_folder(source)
+    assert asked == [name or source]
+    (tmp_path / "llava-hf").mkdir()  # where somebody keeps others of theirs; a short name means no folder
+    with pytest.raises(HimapError):
+        find_folder("llava-1.5-7b")
+    assert asked[-1] == "llava-hf/llava-1.5-7b-hf"
