@@ -22,6 +22,7 @@ from himap_ref.decoder import rope
 from himap_ref.studies.hub_layout import config_json
 
 SAFE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
@@ -106,6 +107,10 @@ def overlay(folder, old, new):
     save_file({name: new[name] for name in last}, folder / "z.safetensors")
 
 
+def buffers_listed(folder, old, new):
+    index(folder, split(folder, new, 2) | {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": SHARDS[0]})
+
+
 def listed_in_part(folder, old, new):
     index(folder, dict(list(split(folder, new).items())[:-4]))
 
@@ -119,7 +124,8 @@ def other_pickles(folder, old, new):
 FILES = {
     "a stale index and its shards": stale_index, "a stale index alone": stale_index_without_shards,
     "strays beside one file": strays_beside_one, "strays beside shards": strays_beside_shards,
-    "an overlay": overlay, "an index that does not list all": listed_in_part,
+    "an index that lists what old versions stored": buffers_listed, "an overlay": overlay,
+    "an index that does not list all": listed_in_part,
     "shards without an index": lambda folder, old, new: split(folder, new),
     "shards of another name": lambda folder, old, new: split(folder, new, 2, "llava.v1-{:05}-of-{:05}.safetensors"),
     "one file of another name": lambda folder, old, new: split(folder, new, 1, "weights.fp32.safetensors"),
@@ -134,7 +140,6 @@ def test_which_files_are_the_model(folder, model, other, state):
     assert same(Llava.from_pretrained(folder), other)
 
 
-SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 UNCLEAR = {
     "two files": (["a.safetensors", "b.safetensors"], "a.safetensors or b.safetensors?"),
     "two sets": (["model-00001-of-00001.safetensors", SHARDS[0]], f"00001.safetensors or {SHARDS[0]}"),
@@ -370,6 +375,7 @@ WRAPPED = {  # a change to the tensors: what the message says
     "its largest": (lambda t: {**t, f"{QUERY}.nested_absmax": t[QUERY]}, QUANTISED),
     "8 bits": (lambda t: {**t, QUERY: torch.zeros(16, 16, dtype=torch.int8)}, f"holds I8.*{QUANTISED}"),
     "8 bits' scale": (lambda t: {**t, QUERY.replace("weight", "SCB"): t[QUERY][0]}, QUANTISED),
+    "MLX": (lambda t: {**t, QUERY.replace("weight", "biases"): t[QUERY]}, QUANTISED),
     "GPTQ": (lambda t: {**t, QUERY.replace("weight", "qweight"): torch.zeros(2, 16, dtype=torch.int32)}, QUANTISED),
     "AWQ": (lambda t: {**t, QUERY.replace("weight", "qzeros"): torch.zeros(2, 16, dtype=torch.int32)}, QUANTISED),
     "ZeRO-3": (lambda t: {**t, QUERY: torch.zeros(0)}, r"shape \[0\].*ZeRO-3"),

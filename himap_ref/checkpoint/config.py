@@ -15,9 +15,8 @@ from .files import read_json, section
 LIMITS = {  # inclusive, of a field or else of its type; no product of sizes that makes a tensor overflows
     "int": (1, 2**19), "float": (1e-12, 1e12), "num_hidden_layers": (1, 1000), "num_channels": (3, 3),
     "image_size": (1, 2**13), "max_position_embeddings": (1, 2**31), "original_max_position_embeddings": (1, 2**31),
-    "image_token_index": (0, 2**31), "vision_feature_layer": (-1001, 1000), "shortest_edge": (1, 2**13),
-    "size": (1, 2**13), "crop_size": (1, 2**13), "resample": (0, 5), "image_mean": (-1000, 1000),
-    "image_std": (1e-6, 1e6),
+    "image_token_index": (0, 2**31), "vision_feature_layer": (-1001, 1000), "size": (1, 2**13), "resample": (0, 5),
+    "shortest_edge": (1, 2**13), "crop_size": (1, 2**13), "image_mean": (-1000, 1000), "image_std": (1e-6, 1e6),
 }  # fmt: skip
 ENTRIES: dict[str, tuple] = {  # that can make it another model or prompt: the values that do not
     "image_aspect_ratio": (None, "square", "pad"), "mm_patch_merge_type": (None, "flat"), "mm_resampler_type": (None,),
@@ -77,8 +76,7 @@ def read_config(data: dict, image_token: int | None = None) -> LlavaConfig:
     if vision is None and text is None and ("mm_vision_tower" in data or data.get("model_type") == "llava_llama"):
         return build(LlavaConfig, _original(data, image_token))
     text = text or {}
-    if data.get("tie_word_embeddings"):  # transformers 5 writes it beside text_config
-        text = {**text, "tie_word_embeddings": data["tie_word_embeddings"]}
+    tied = data.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)  # newer files: here
     layers = data.get("vision_feature_layer", -2)
     if isinstance(layers, list):
         layers = layers[0] if len(layers) == 1 else tuple(layers)
@@ -86,7 +84,7 @@ def read_config(data: dict, image_token: int | None = None) -> LlavaConfig:
         **data, "image_token_index": data.get("image_token_id", data.get("image_token_index", 32000)),
         "vision_feature_layer": layers,
         "vision_config": VIT_L_14_336 if vision is None else build(VisionConfig, vision),
-        "text_config": _text_config(text),
+        "text_config": _text_config({**text, "tie_word_embeddings": tied}),
     })  # fmt: skip
 
 
@@ -116,7 +114,7 @@ def _text_config(data: dict) -> TextConfig:
     rope = section(data, "rope_scaling") or section(data, "rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind in ("linear", "dynamic", "yarn") and rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1):
-        kind = "default"
+        kind = "default"  # which they then amount to
     if kind not in [*ROPE]:
         raise HimapError(f"RoPE of type {short(kind)} is not supported: expected {', '.join(ROPE)}, or a factor of 1")
     context = "original_max_position_embeddings"  # stands beside the settings, else among them, else there is but one

@@ -34,9 +34,9 @@ PREFIXES = (
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # stored by old versions, computed here
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's: only names
 FOREIGN = {  # in a tensor's name, for which there is no place here: why
-    r"^base_model\.|\.lora_|\.base_layer\.|\.modules_to_save\.": "a LoRA adapter: merge it into its model (peft: "
-    "merge_and_unload, then save_pretrained)",
-    r"\.(q(weight|zeros)|g_idx|scales|SCB|weight_format|\w*(scale|scale_inv|zero_point|packed|absmax|quant_\w+))(\.|$)":
+    r"^base_model\.|\.lora_|\.base_layer\.|\.modules_to_save\.": "PEFT's, with a LoRA adapter: merge it into its model "
+    "(merge_and_unload, then save_pretrained)",
+    r"\.(qweight|qzeros|g_idx|biases|SCB|weight_format|\w*(scales?|scale_inv|zero_point|packed|absmax|quant_\w+))(\.|$)":
     QUANTISED,
     "": "config.json describes no such part",
 }  # fmt: skip
@@ -79,7 +79,8 @@ def find_tensors(folder: Path) -> Found:
             raise HimapError(f"{path}: not a readable safetensors file ({error})") from None
         names = {*file.keys()}
         found += [(name, path, file) for name in sorted(names) if index.get(name, path.name) == path.name]
-        if lost := sorted(name for name, shard in index.items() if shard == path.name and name not in names):
+        listed = {name for name, shard in index.items() if shard == path.name and not name.endswith(BUFFERS)}
+        if lost := sorted(listed - names):
             raise HimapError(f"{path}: tensor {lost[0]!r} is not in it, though the index says so: download both again")
     return found
 
@@ -112,11 +113,10 @@ def load_weights(model: LlavaModel, folder: Path, found: Found, dtype: torch.dty
             empty = " (left empty by DeepSpeed ZeRO-3: see its zero_to_fp32.py)" if header.get_shape() == [0] else ""
             raise HimapError(f"{what} has shape {header.get_shape()}, config.json asks for {shape}{empty}")
         weights[name] = file.get_tensor(theirs).to(device, dtype)
-    missing = [name for name in expected if name not in weights]
     for part, where in APART.items():
         if not any(name.startswith(f"{part}.") for name in weights):
             raise HimapError(f"{folder}: no {part} in it: {where}: use a folder that holds all, such as llava-hf's")
-    if missing:
+    if missing := [name for name in expected if name not in weights]:
         raise HimapError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all): not a complete LLaVA")
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False)
