@@ -232,12 +232,19 @@ REFUSED = [
 def test_refused_by_its_own_name(folder, entry):
     """A model that answers wrongly; a message about a key that the file does not have, or about a tensor."""
     (folder / SAFE).write_bytes(b"never read")
+    (folder / "tokenizer.json").unlink()
     write_json(folder / "config.json", ORIGINAL | entry)
     (name, value), = entry.items()
     with pytest.raises(HimapError, match=rf"\b{name}\b") as caught:
         Llava.from_pretrained(folder)
     assert name == "quantization_config" or str(value)[:30].strip("[]'") in str(caught.value)
     assert "vision_feature" not in str(caught.value)
+
+
+def test_an_original_that_names_no_tower():
+    """Read as llava-hf's layout, in which all sections may be absent: a model of 7B's shape made up."""
+    with pytest.raises(HimapError, match="mm_vision_tower None"):
+        read_config({name: value for name, value in ORIGINAL.items() if name != "mm_vision_tower"})
 
 
 @pytest.mark.parametrize("tower, size", [
@@ -268,6 +275,12 @@ def test_image_token_of_the_original(entry, expected):
         assert read_config({name: v for name, v in (ORIGINAL | entry).items() if v != -200}).image_token_index == 32000
 
 
+def test_two_names_of_the_image_token():
+    """transformers' newer name of it overlooked where a file has both."""
+    for data in ({"image_token_index": 7, "image_token_id": 9}, {"image_token_id": 9, "image_token_index": 7}):
+        assert read_config({**TINY_CONFIG, **data}).image_token_index == 9
+
+
 def test_the_tokenizers_image_token(tmp_path, monkeypatch):
     """As above, from a folder; llava-hf's own default stays 32000."""
     asked = []
@@ -275,7 +288,7 @@ def test_the_tokenizers_image_token(tmp_path, monkeypatch):
     folder = write(tmp_path / "model", {"x": torch.zeros(1)}, ORIGINAL)
     with pytest.raises(HimapError, match="unexpected"):
         Llava.from_pretrained(folder)
-    assert asked[0][1] == make_tokenizer("byte-level").token_to_id("<image>") is not None
+    assert asked[-1][1] == make_tokenizer("byte-level").token_to_id("<image>") is not None
     plain = {name: value for name, value in TINY_CONFIG.items() if name != "image_token_index"}
     assert read_config(plain, image_token=300).image_token_index == 32000
 

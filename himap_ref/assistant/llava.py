@@ -58,7 +58,8 @@ class Llava(LlavaModel):
         Raises HimapError that names the file or tensor at fault.
         """
         device, folder = find_device(device, dtype), find_folder(source, revision)
-        data, tokenizer = read_json(folder / "config.json"), read_tokenizer(folder)
+        read_config(data := read_json(folder / "config.json"))  # refuses other models before anything else is read
+        tokenizer = read_tokenizer(folder)
         config, tensors = read_config(data, tokenizer.token_to_id("<image>")), find_tensors(folder)
         with torch.device("meta"):
             model = cls(settle_head(config, tensors))

@@ -36,7 +36,7 @@ WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 FOREIGN = {  # in a tensor's name, for which there is no place here: why
     r"^base_model\.|\.lora_|\.base_layer\.|\.modules_to_save\.": "PEFT's, with a LoRA adapter: merge it into its model "
     "(merge_and_unload, then save_pretrained)",
-    r"\.(qweight|qzeros|g_idx|biases|SCB|weight_format|\w*(scales?|scale_inv|zero_point|packed|absmax|quant_\w+))(\.|$)":
+    r"\.(qweight|qzeros|g_idx|biases|SCB|weight_format|\w*(scales?|scale_inv|zero_point|packed|absmax|quant_\w+))\b":
     QUANTISED,
     "": "config.json describes no such part",
 }  # fmt: skip
