@@ -1,52 +1,74 @@
-"""Prompt: a question becomes token ids, one of them repeated for every image token; and ids become text as they come.
+"""Prompt: a question becomes token ids, one of them repeated for every image token.
 Tokenised in one go with one `<image>` in it and expanded afterwards: the ids of transformers' `LlavaProcessor`."""
 
 import re
-from collections.abc import Callable
 from copy import deepcopy
+from reprlib import repr as short
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from .errors import HimapError
 
-TEMPLATES = {
+LLAMA_3 = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+TEMPLATES = {  # `<image>`, `{question}` and, where a later turn is not as `split` makes it, what follows an `{answer}`
     # the original LLaVA's and the paper's
     "vicuna_v1": "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the human's questions. USER: <image>\n{question} ASSISTANT:",
-    "llava-hf": "USER: <image>\n{question} ASSISTANT:",  # the model cards of llava-hf: no system prompt
+    # the model cards of llava-hf: no system prompt, and no EOS behind an answer
+    "llava-hf": "USER: <image>\n{question} ASSISTANT:{answer} USER: {question} ASSISTANT:",
+    "llama-3": LLAMA_3.format("<image>\n{question}") + "{answer}<|eot_id|>" + LLAMA_3.format("{question}"),
+    "mistral": "[INST] <image>\n{question} [/INST]",
     "shapes": "Answer questions about the drawn picture. USER: <image>\n{question} ASSISTANT:",
 }
 
 
-def encode_prompt(
-    tokenizer: Tokenizer, question: str, template: str, image_token: int, N: int, turn: bool = False
-) -> list[int]:
-    """`template` holds `<image>` and `{question}`; without image tokens (N = 0) <image> and its line break go.
+def split(template: str, eos: str = "") -> tuple[str, str, str]:
+    """What stands before `<image>`, what behind it, and a later turn with what comes between it and the answer before.
 
-    turn: only what a later turn repeats, from the word before <image> on ("USER: "), and no BOS.
+    A template without `{answer}`: eos, then from the last word before <image> on ("USER: ").
+    """
+    first, says, later = template.partition("{answer}")
+    before, found, after = first.partition("<image>")
+    if not found or "<image>" in after or "{question}" not in after or says and "{question}" not in later:
+        names = ", ".join(TEMPLATES)
+        raise HimapError(f"template {short(template)}: it must hold <image> once and, after it, {{question}}, or be a "
+                         f"name: {names}")  # fmt: skip
+    word = re.split(r"<s>|</s>|<\|begin_of_text\|>|<\|eot_id\|>|<\|im_end\|>|\s+(?=\S)", before)[-1]
+    return before, after, later if says else eos + word + after.removeprefix("\n")
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, question: str, template: str, image_token: int, N: int, turn: str | None = None
+) -> list[int]:
+    """Ids, `<image>` N times; without image tokens (N = 0) <image> and its line break go.
+
+    turn: only what a later turn adds behind an answer; it is the EOS as text, for templates that do not say.
     """
     if not question.strip():
         raise HimapError("the prompt is empty: ask something")
     added = tokenizer.get_added_tokens_decoder()
     image = added[image_token].content if image_token in added else "<image>"
-    before, found, after = template.partition("<image>")
-    if not found or "<image>" in after or "{question}" not in after:
-        raise HimapError("the template must hold <image> once and, after it, {question}")
-    before = "".join(re.findall(r"\S+\s*$", before)) if turn else before
-    text = f"{before}{image}{after}" if N else before + after.removeprefix("\n")
+    before, after, later = split(template, turn or "")
+    text = before + image + after if N else before + after.removeprefix("\n")
+    text = text if turn is None else f"x{later}"  # "x" for the answer: a text's first word gets other ids than its later
+    begin = text.index("{question}")
+    text = text.replace("{question}", question)
     try:
-        ids = tokenizer.encode(text.replace("{question}", question), add_special_tokens=not turn).ids
+        encoding = tokenizer.encode(text, add_special_tokens=turn is None)
     except Exception as error:
         raise HimapError(f"the prompt cannot be tokenised: is it valid Unicode? ({error})") from None
-    if N and (image_token not in added or image_token not in ids):
+    places = [b - len(text[a:b].lstrip()) if a < b else -1 for a, b in encoding.offsets]  # of each token in the text
+    typed = [id in added and begin <= at < begin + len(question) for id, at in zip(encoding.ids, places, strict=True)]
+    tokens = list(zip(encoding.ids, typed, strict=True))
+    if N and (image_token not in added or (image_token, False) not in tokens):
         raise HimapError(f"the tokenizer has no added token {image_token} (image_token_index): add <image> to it")
-    own = ids.index(image_token) if N else -1  # the template's comes before any the user typed
-    typed = {id: _as_text(tokenizer, id) for id, token in added.items() if token.content in question}
+    if turn is not None:
+        del tokens[: len(tokenizer.encode("x", add_special_tokens=False).ids)]
+    while tokens[:1] == tokens[1:2] and tokens[0][0] in added:  # BOS by the template and by the tokenizer
+        del tokens[0]
     expanded: list[int] = []
-    for place, id in enumerate(ids):
-        words = typed.get(id, [id]) if turn or place > 0 else [id]  # place 0 is BOS
-        expanded += [image_token] * N if place == own else words
+    for id, by_user in tokens:
+        expanded += _as_text(tokenizer, id) if by_user else [id] * (N or 1 if id == image_token else 1)
     return expanded
 
 
@@ -58,17 +80,3 @@ def _as_text(tokenizer: Tokenizer, id: int) -> list[int]:
     if id in ids:  # an added token that is not marked special: only cut in two is it text
         ids = [i for part in (text[:1], text[1:]) for i in tokenizer.encode(part, add_special_tokens=False).ids]
     return ids
-
-
-def streamer(tokenizer: Tokenizer, on_text: Callable[[str], None]) -> Callable[[int], None]:
-    """Takes ids, gives text as it becomes readable: bytes that are no whole character yet are held back."""
-    stream, begun = DecodeStream(skip_special_tokens=True), False
-
-    def on_token(token_id: int) -> None:
-        nonlocal begun
-        piece = stream.step(tokenizer, token_id) or ""
-        if piece := piece if begun else piece.lstrip():  # no space before the first word
-            begun = True
-            on_text(piece)
-
-    return on_token

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
+from tokenizers import processors
 from toys import IMAGE_TOKEN, TOKENIZERS, make_tokenizer
 
 from himap_ref import HimapError
@@ -28,7 +29,7 @@ class Prompt(NamedTuple):
     image_span: tuple | None
 
 
-def encode(tokenizer, question, template=TEMPLATE, has_image=True, turn=False):
+def encode(tokenizer, question, template=TEMPLATE, has_image=True, turn=None):
     image = tokenizer.token_to_id(IMAGE_TOKEN)
     ids = encode_prompt(tokenizer, question, template, image, N if has_image else 0, turn)
     return Prompt(ids, find_image_span(ids, image))
@@ -44,7 +45,7 @@ def text_of(tokenizer, prompt, skip_special_tokens=False):
 
 def test_templates_are_word_for_word():
     """LLaVA-1.5 was trained on exactly these words: another space or line break costs accuracy unseen."""
-    assert TEMPLATES["llava-hf"] == "USER: <image>\n{question} ASSISTANT:"
+    assert TEMPLATES["llava-hf"].partition("{answer}")[0] == "USER: <image>\n{question} ASSISTANT:"
     assert TEMPLATES["vicuna_v1"] == (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the human's questions. USER: <image>\n{question} ASSISTANT:"
@@ -81,7 +82,8 @@ def test_span_is_found_in_the_ids(tokenizer, template):
     start, stop = prompt.image_span
     assert prompt.ids[start:stop] == [image] * N
     assert prompt.ids.count(image) == N
-    before, after = template.replace("{question}", "What is in the picture?").split("<image>")
+    first = template.partition("{answer}")[0]
+    before, after = first.replace("{question}", "What is in the picture?").split("<image>")
     assert prompt.ids[0] == tokenizer.token_to_id("<s>")
     assert prompt.ids.count(tokenizer.token_to_id("<s>")) == 1
     assert start == len(tokenizer.encode(before).ids)
@@ -163,17 +165,48 @@ def test_odd_questions_disturb_nobody(tokenizer):
 
 @pytest.mark.parametrize("question", ["And to the left?", "Is <image> or </s> a tag?", "<s>"])
 @pytest.mark.parametrize("template, text", [
-    (TEMPLATES["vicuna_v1"], "USER: {question} ASSISTANT:"), (TEMPLATES["shapes"], "USER: {question} ASSISTANT:"),
-    ("[INST] <image>\n{question} [/INST]", "[INST] {question} [/INST]"), ("<image>\n{question}", "{question}"),
+    (TEMPLATES["vicuna_v1"], "</s>USER: {question} ASSISTANT:"),
+    (TEMPLATES["shapes"], "</s>USER: {question} ASSISTANT:"),
+    (TEMPLATES["mistral"], "</s>[INST] {question} [/INST]"),
+    (TEMPLATES["llava-hf"], " USER: {question} ASSISTANT:"),
+    ("<image>\n{question}", "</s>{question}"),
+    ("<s>[INST] <image>\n{question} [/INST]", "</s>[INST] {question} [/INST]"),
+    ("Be brief.<|eot_id|><|user|>\n\n<image>{question}", "</s><|user|>\n\n{question}"),
+    ("A <image>\n{question} B{answer}\n</s>\nC {question} D", "\n</s>\nC {question} D"),
 ])  # fmt: skip
 def test_later_turn(tokenizer, question, template, text):
-    """A second BOS, the system prompt again, a role left out, or a typed token that ends the turn."""
-    turn = encode(tokenizer, question, template, has_image=False, turn=True)
-    special = [tokenizer.token_to_id(token) for token in ("<s>", "</s>", "<image>")]
-    assert not {*special} & {*turn.ids}
+    """A second BOS, the system prompt again, a role or the end of the answer left out, a typed token that ends the
+    turn; other ids than where the answer and the turn are tokenised together."""
+    turn = encode(tokenizer, question, template, has_image=False, turn="</s>")
+    special = {tokenizer.token_to_id(token) for token in ("<s>", "</s>", "<image>")}
+    assert [id for id in turn.ids if id in special] == [tokenizer.token_to_id("</s>")] * ("</s>" in text)
     assert text_of(tokenizer, turn) == "".join(text.replace("{question}", question).split())
     if "<" not in question:
-        assert turn.ids == tokenizer.encode(text.replace("{question}", question), add_special_tokens=False).ids
+        said = tokenizer.encode("A circle").ids
+        assert said + turn.ids == tokenizer.encode("A circle" + text.replace("{question}", question)).ids
+
+
+@pytest.mark.parametrize("template", ["<s>{}", "<s> {}", "<s><s>{}"])
+@pytest.mark.parametrize("question", ["What is it?", "<s>", "Is <s> a tag?"])
+def test_one_bos(tokenizer, template, question):
+    """The template's BOS and the tokenizer's; or, once the user types one, too, the template's spelled out as text."""
+    bos = tokenizer.token_to_id("<s>")
+    for has_image in (True, False):
+        ids = encode(tokenizer, question, template.format("<image>\n{question} ASSISTANT:"), has_image).ids
+        assert ids[0] == bos and ids.count(bos) == 1
+    tokenizer.post_processor = processors.TemplateProcessing("<s> <s> $A", None, [("<s>", bos)])
+    assert encode(tokenizer, question).ids.count(bos) == 1
+
+
+def test_a_template_of_special_tokens(tokenizer):
+    """A typed role token that ends the turn, or the template's own spelled out as text along with it."""
+    tokenizer.add_special_tokens(["<|user|>", "<|end|>"])
+    user, end = (tokenizer.token_to_id(token) for token in ("<|user|>", "<|end|>"))
+    template = "<|user|><image>\n{question}<|end|>{answer}<|end|><|user|>{question}<|end|>"
+    plain, odd = (encode(tokenizer, question, template).ids for question in ("Why?", "<|end|>"))
+    assert [id for id in plain if id in (user, end)] == [id for id in odd if id in (user, end)] == [user, end]
+    turn = encode(tokenizer, "<|user|><|end|>", template, has_image=False, turn="").ids
+    assert [id for id in turn if id in (user, end)] == [end, user, end] and turn[-1] == end
 
 
 @pytest.mark.parametrize("question", ["", " ", "\n\t "])

@@ -24,10 +24,11 @@ from ..kernels import single_rows
 from ..methods.reducers import ImageReducer
 from ..methods.schedules import parse_stages
 from ..model import LlavaModel
-from ..prompt import TEMPLATES, encode_prompt, streamer
+from ..prompt import TEMPLATES, encode_prompt
 from ..pruning import Stages, stages_by_layer
 from ..sampling import Sampling
 from .answer import Answer, Past, count_flops
+from .text import Stream, text_of
 
 Picture = str | Path | Image.Image
 
@@ -85,14 +86,16 @@ class Llava(LlavaModel):
         """
         N = self.config.num_image_tokens if num_image_tokens is None else num_image_tokens
         image_token, vocab_size = self.config.image_token_index, self.config.text_config.vocab_size
-        turn = past is not None and past.is_conversation
-        ids = encode_prompt(self.tokenizer, question, self.template, image_token, 0 if turn else N, turn)
-        if past and turn:
-            ended = past.ids[-1] in self.eos_token_ids  # else the end of its answer is still to be said
-            ids = past.ids + ([] if ended else list(self.eos_token_ids[:1])) + ids
+        if past and past.is_conversation:
+            said = past.ids[:-1] if past.ids[-1] in self.eos_token_ids else past.ids
+            eos = past.ids[len(said) :] or self.eos_token_ids[:1]  # if the template does not say what ends an answer
+            text = self.tokenizer.id_to_token(eos[0]) if eos else None
+            ids = said + encode_prompt(self.tokenizer, question, self.template, image_token, 0, text or "")
+        else:
+            ids = encode_prompt(self.tokenizer, question, self.template, image_token, N)
         if foreign := [id for id in ids if id >= vocab_size and id != image_token]:
             raise HimapError(f"the tokenizer gives id {foreign[0]}, the weights know {vocab_size}: not of one model")
-        if past and ids[: len(past.ids)] != past.ids:
+        if past and ids[: past.length] != past.ids[: past.length]:
             raise HimapError("the prompt does not begin with the prefix: it was computed for another template")
         return ids
 
@@ -158,11 +161,14 @@ class Llava(LlavaModel):
             prompts = [self.embed(ids[start:], picture) for ids, picture in zip(encoded, images_of, strict=True)]
             span = self.image_span(encoded)
         vision = clock(device) - begun
+        stream = Stream(self.tokenizer, on_text) if on_text else None
         out = generate(
             decoder, prompts, span if N else None, stages if N else (),
             max_new_tokens, self.eos_token_ids, Sampling(temperature, top_p, seed), reprune,
-            streamer(self.tokenizer, on_text) if on_text else None, past.cache if past else None, start,
+            stream, past.cache if past else None, start,
         )  # fmt: skip
+        if stream:
+            stream.finish()
         own = (vision_flops(config), projector_flops(config)) if N else (0, 0)
         encoding = reducer.flops(config) if reducer and N else own
         pruned_before = config.num_image_tokens - (span[1] - span[0]) if span else 0  # by the reducer
@@ -173,7 +179,7 @@ class Llava(LlavaModel):
             cached = n - len(prompts[b]) if past and past.is_conversation else 0  # a prefix is no vanilla run's
             traces = [trace.item(b) for trace in out.traces[: len(ids)]]
             answers.append(Answer(
-                text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(), token_ids=ids, prompt_ids=asked,
+                text=text_of(self.tokenizer, ids), token_ids=ids, prompt_ids=asked,
                 image_span=span, finish=out.finish[b], first_logits=out.first_logits[b], traces=traces,
                 flops=count_flops(config, traces, n - cached, cached, encoding, own), batch_flops=executed,
                 seconds={"vision": vision, **out.seconds}, make_past=self._past_of(b, asked + ids, out.cache, span),

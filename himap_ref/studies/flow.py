@@ -228,7 +228,8 @@ def answer_label(model: Llava, example: Example) -> int:
             model.tokenizer, example.question, template, config.image_token_index, config.num_image_tokens
         )
 
-    prompt, whole = ids(model.template), ids(f"{model.template} {answer}")
+    template = model.template.partition("{answer}")[0]
+    prompt, whole = ids(template), ids(f"{template}{'' if template[-1:].isspace() else ' '}{answer}")
     if len(whole) == len(prompt) or whole[: len(prompt)] != prompt:
         raise HimapError(f"the answer {answer!r} has no first token of its own: use --label greedy")
     return whole[len(prompt)]
