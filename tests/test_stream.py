@@ -97,6 +97,9 @@ def test_special_tokens_within_a_character(tokenizer):
     fox = [byte_id(tokenizer, byte) for byte in "🦊".encode()]
     ids = [*fox[:2], tokenizer.token_to_id("</s>"), *fox[2:]]
     assert "".join(streamed(tokenizer, ids)) == text_of(tokenizer, ids) == "🦊"
+    for nothing in (tokenizer.token_to_id("</s>"), tokenizer.get_vocab_size() + 3):
+        ids = [byte_id(tokenizer, ord("x")), nothing, byte_id(tokenizer, 0xE4)]
+        assert "".join(streamed(tokenizer, ids)) == text_of(tokenizer, ids)
 
 
 def test_a_decoder_that_joins_words():

@@ -28,6 +28,7 @@ from ..prompt import TEMPLATES, encode_prompt
 from ..pruning import Stages, stages_by_layer
 from ..sampling import Sampling
 from .answer import Answer, Past, count_flops
+from .chat_template import read_template
 from .text import Stream, text_of
 
 Picture = str | Path | Image.Image
@@ -68,7 +69,7 @@ class Llava(LlavaModel):
         model.image_processor = read_image_processor(folder, config.vision_config.image_size)
         model.eos_token_ids = read_eos(folder)
         model.settings = read_settings(folder)
-        model.template = model.settings.get("template", model.template)
+        model.template = model.settings.get("template") or read_template(folder)[0] or model.template
         if "stages" in model.settings:
             model.himap = parse_stages(model.settings["stages"], trusted=False)
         load_weights(model, folder, tensors, dtype, device)  # last, because it takes longest

@@ -22,12 +22,13 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]):
         self.tokenizer, self.on_text, self.said = tokenizer, on_text, ""
         self.special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.ids: list[int] = []  # without special tokens: the bytes on both sides of one are decoded as one run
+        self.ids: list[int] = []
 
     def __call__(self, token_id: int) -> None:
-        if token_id not in self.special:
-            self.ids.append(token_id)
-        token = self.tokenizer.id_to_token(token_id) or ""
+        token = self.tokenizer.id_to_token(token_id)
+        if token is None or token_id in self.special:  # decoded as if it were not there
+            return
+        self.ids.append(token_id)
         if not re.fullmatch("<0x[0-9A-F]{2}>", token):  # of LLaMA's single bytes one bad one spoils its whole run
             self.say(text_of(self.tokenizer, self.ids).rstrip("\ufffd").rstrip())  # perhaps half a character, yet
 
