@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     add("--image", help="picture file, or 'none' for text only (default: the embedded model's example)")
     add("--prompt", help="the question")
     add("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
-    add("--template", help="vicuna_v1, llava-hf, shapes, or text with <image> and {question} (default: the model's)")
+    add("--template", help="vicuna_v1, llava-hf, llama-3, mistral or text with <image> and {question} (default: own)")
     add("--method", default="himap", help="himap (default), himap-paper, himap-caption, fastv, pyramiddrop, vtw, "
         "random, none; before the decoder: cls:TOKENS, pool:SIDE")
     add("--stages", help='LAYER:KEEP:SCORE,... instead of --method: "2:0.5:text_to_image,8:72:image_to_image"; KEEP '
@@ -49,13 +49,13 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # here, so that --help and wrong arguments answer at once: torch comes with it
+    from himap_ref.assistant.picture import load_image
     from himap_ref.commands import report
     from himap_ref.commands.chat import chat
     from himap_ref.commands.files import write_whole
-    from himap_ref.commands.options import is_embedded, load_model, revision_of
+    from himap_ref.commands.options import is_embedded, load_model, note_roles, revision_of
     from himap_ref.commands.picture import draw_kept, looks_drawn
     from himap_ref.errors import HimapError
-    from himap_ref.image import load_image
     from himap_ref.methods.schedules import Method, parse_method, parse_stages
 
     if args.chat and (args.compare or args.json or args.reprune or args.show or args.trace):
@@ -83,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
     if args.chat:
         chat(model, generate, partial(generate, image, stages=method.stages, reducer=method.reducer), prompt)
         return
+    note_roles(model, prompt)
     ask, vanilla = partial(generate, image, prompt), None
     ask_pruned = partial(ask, method.stages, reprune=args.reprune, reducer=method.reducer)
     if args.compare:  # warmed up, and nothing printed in between: both sides are timed alike
@@ -99,20 +100,28 @@ def main(args: argparse.Namespace) -> None:
         print("note: --show draws what the decoder's stages kept, and this method has none", file=sys.stderr)
     if args.show and image:
         write_whole(args.show, draw_kept(model, image, answer.trace).save)
+    if args.json:
+        print(json.dumps(result), flush=True)
     if args.trace:
         print(report.layer_table(result), file=sys.stderr)
     if answer.finish != "eos":
         limit = "--max-new-tokens" if answer.finish == "length" else "the end of the model's context"
         print(f"note: the answer stops at {limit}", file=sys.stderr)
     print(report.compare_table(answer, vanilla) if vanilla else report.summary(result), file=sys.stderr)
-    if args.json:
-        print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
+    try:
+        arguments = parse_args()
+    except SystemExit:  # --help, perhaps for a reader that has gone away
+        try:
+            print(end="", flush=True)
+        except OSError:
+            sys.stdout = None
+            sys.exit(141)
+        raise
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so, but NumPy is not needed
-    warnings.filterwarnings("ignore", message="Image size")  # Pillow, at half of its limit
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # half of its limit reached, metadata that it cannot read
     try:
         from himap_ref.commands.manners import run_command  # torch with it, which takes seconds
     except KeyboardInterrupt:

@@ -1,20 +1,17 @@
-"""Pictures: a file of any usual format becomes the normalised pixels that the encoder was trained on."""
+"""Pictures: an RGB picture becomes the normalised pixels that the encoder was trained on."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from .errors import HimapError
 
 MAX_PIXELS = 150_000_000  # of a file, or of what is made of it: padded, a 1 x 40000 picture has 1.6 gigapixels
-# Not all that Pillow knows: for EPS it would start Ghostscript, and rarely used readers are rarely checked.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def read_bytes(path: Path, size: int = -1) -> bytes:
@@ -23,35 +20,6 @@ def read_bytes(path: Path, size: int = -1) -> bytes:
         raise OSError("a pipe or a device, not a file")
     with path.open("rb") as file:
         return file.read(size)
-
-
-def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """A file or a picture, turned upright (EXIF) and made RGB. First frame of an animation."""
-    Image.init()  # fills Image.OPEN
-    formats = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow has no AVIF
-    try:
-        image = source
-        if not isinstance(image, Image.Image):  # bytes at hand: no part of a file claims more memory than the file has
-            image = Image.open(io.BytesIO(read_bytes(Path(image))), formats=formats)
-        if not 0 < image.width * image.height <= MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels: expected 1 to {MAX_PIXELS}")
-        return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow's readers let anything through: struct.error, IndexError, EOFError, ...
-        why = f"expected {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise HimapError(f"{source}: cannot be read as a picture ({why or type(error).__name__})") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: transparency onto white, as transformers 5 has it; 16-bit levels scaled, not clipped."""
-    if image.mode.startswith("I"):  # I;16 and variants; I holds 16 bits in files, or whatever a caller has put there
-        scale = 1 if image.mode == "I" and image.getextrema()[1] < 256 else 1 / 256  # type: ignore[operator]
-        image = image.convert("I").point(lambda level: level * scale).convert("L")
-    if image.mode in ("La", "RGBa"):  # premultiplied
-        image = image.convert(image.mode.upper())
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True)

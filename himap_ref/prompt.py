@@ -50,7 +50,7 @@ def encode_prompt(
     image = added[image_token].content if image_token in added else "<image>"
     before, after, later = split(template, turn or "")
     text = before + image + after if N else before + after.removeprefix("\n")
-    text = text if turn is None else f"x{later}"  # "x" for the answer: a text's first word gets other ids than its later
+    text = text if turn is None else f"x{later}"  # "x" is the answer: a text's first word gets ids of its own
     begin = text.index("{question}")
     text = text.replace("{question}", question)
     try:

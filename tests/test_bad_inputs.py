@@ -31,12 +31,13 @@ from toys import noise
 
 from himap_ref import HimapError, Llava, LlavaConfig, TextConfig, VisionConfig
 from himap_ref.assistant import llava
+from himap_ref.assistant.picture import load_image
 from himap_ref.checkpoint.config import LIMITS
 from himap_ref.checkpoint.files import find_device, find_folder
 from himap_ref.commands.files import check_writable, write_text, write_whole
 from himap_ref.commands.manners import run_command
 from himap_ref.commands.options import revision_of
-from himap_ref.image import ImageProcessor, load_image
+from himap_ref.image import ImageProcessor
 from himap_ref.studies import evaluate
 from himap_ref.studies.fuzz import CONFIG, build_model, join_safetensors, split_safetensors, write_json
 from himap_ref.studies.records import Records
@@ -194,7 +195,7 @@ def test_memory_is_bounded_by_the_file(tmp_path):
     data = encoded("PNG")
     (tmp_path / "x.png").write_bytes(data[:33] + b"\xff\xff\xff\xffIDAT" + data[41:])
     done = python(
-        "import resource; from pathlib import Path; from himap_ref.image import load_image\n"
+        "import resource; from pathlib import Path; from himap_ref.assistant.picture import load_image\n"
         "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30,) * 2)\n"
         "print(load_image('x.png').size)", cwd=tmp_path,
@@ -217,7 +218,7 @@ def test_pictures_in_memory():
 # ---------------------------------------------------------------- prompts and arguments
 
 SCORES = "text_to_image, image_to_image, ... or module:function"
-TEMPLATE = "the template must hold <image> once and, after it, {question}"
+TEMPLATE = ": it must hold <image> once and, after it, {question}, or be a name: vicuna_v1, llava-hf, llama-3, ..."
 NINES = "9" * 5000  # more digits than Python makes a number of
 UNICODE = "the prompt cannot be tokenised: is it valid Unicode? (...)"
 KEEP = "expected a count of at least 1 or a share in (0, 1]"
@@ -227,10 +228,15 @@ ARGUMENTS = [
     (["--prompt", "what \ud800?"], UNICODE),
     (["--prompt", "caf\udce9"], UNICODE),  # a byte that is no UTF-8, as Python hands it over
     (["--prompt", "word " * 300], "the prompt has 1614 tokens, the model's context 200: shorten the prompt"),
-    (["--template", ""], TEMPLATE),
-    (["--template", "<image>"], TEMPLATE),
-    (["--template", "{question}<image>"], TEMPLATE),
-    (["--template", "<image><image>{question}"], TEMPLATE),
+    (["--template", ""], f"template ''{TEMPLATE}"),
+    (["--template", "vicuna"], f"template 'vicuna'{TEMPLATE}"),
+    (["--template", "<image>"], f"template '<image>'{TEMPLATE}"),
+    (["--template", "{question}<image>"], f"template '{{question}}<image>'{TEMPLATE}"),
+    (["--template", "<image><image>{question}"], f"template '<image>...{{question}}'{TEMPLATE}"),
+    (["--template", "<image>{question}{answer}"], f"template '<image>...{{answer}}'{TEMPLATE}"),
+    (["--stages", ""], "stages: none are given: expected LAYER:KEEP:SCORE,...; to prune nothing: --method none"),
+    (["--stages", " \n"], "stages: none are given: expected LAYER:KEEP:SCORE,...; to prune nothing: --method none"),
+    (["--stages", ","], "stage '': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
     (["--stages", "99:0.5:text_to_image"], "stage layer 99 does not exist: the decoder's layers are 0..2"),
     (["--stages", "3:0.5:text_to_image"], "stage layer 3 does not exist: the decoder's layers are 0..2"),
     (["--stages", "0:0.5:text_to_image"], "stage layer 0: expected a whole number from 1 (layer K-1 ranks)"),
@@ -255,7 +261,8 @@ ARGUMENTS = [
     (["--stages", "1:1:none"], "stage score None: expected a function from LayerView to (B, N) scores"),
     (["--method", "nonsense"], "method 'nonsense' is unknown: expected ..., cls:TOKENS, pool:SIDE or stages"),
     (["--method", ""], "method '' is unknown: expected ..., cls:TOKENS, pool:SIDE or stages"),
-    (["--method", "himap-paper"], "stage layer 8 does not exist: the decoder's layers are 0..2"),
+    (["--method", "himap-paper"], "method 'himap-paper' does not fit this model (stage layer 8 does not exist: the "
+     "decoder's layers are 0..2): choose ... none or own stages"),
     (["--method", "cls:0"], "cls:0: the picture has 4 image tokens: keep 1 to 4"),
     (["--method", "cls:x"], "method 'cls:x': expected cls:NUMBER, such as cls:9"),
     (["--method", f"cls:{NINES}"], "method 'cls:999...': expected cls:NUMBER, such as cls:9"),
@@ -271,11 +278,11 @@ ARGUMENTS = [
     (["--max-new-tokens", "0"], "max_new_tokens 0: must be a whole number of at least 1"),
     (["--seed", str(2**64)], f"seed {2**64}: must be in [0, 2^63)"),
     (["--seed", "-1"], "seed -1: must be in [0, 2^63)"),
-    (["--device", ""], "device '': not available for torch.bfloat16 (...)"),
-    (["--device", "cuda:99"], "device 'cuda:99': not available for torch.bfloat16 (...)"),
-    (["--device", "meta"], "device 'meta': not available for torch.bfloat16 (...)"),
-    (["--device", "hpu"], "device 'hpu': not available for torch.bfloat16 (...)"),
-    (["--device", "nonsense"], "device 'nonsense': not available for torch.bfloat16 (...)"),
+    (["--device", ""], "device '': not available for torch.bfloat16 (...); there is cpu..."),
+    (["--device", "cuda:99"], "device 'cuda:99': not available for torch.bfloat16 (...); there is cpu..."),
+    (["--device", "meta"], "device 'meta': not available for torch.bfloat16 (...); there is cpu..."),
+    (["--device", "hpu"], "device 'hpu': not available for torch.bfloat16 (...); there is cpu..."),
+    (["--device", "nonsense"], "device 'nonsense': not available for torch.bfloat16 (...); there is cpu..."),
     (["--weights", "/no/such"], "weights '/no/such': no such folder, hub id (owner/name) or short name "
      "(llava-1.5-7b, llava-1.5-13b)"),
     (["--weights", "x" * 300], f"weights '{'x' * 300}': no such folder, hub id (owner/name) or short name "
@@ -1082,7 +1089,8 @@ def test_disk_full_for_the_notes(whole):
 
 def test_terminal_that_lacks_a_letter(ask, monkeypatch):
     """A traceback in the middle of an answer, or of a study's table."""
-    monkeypatch.setattr(llava, "streamer", lambda tokenizer, on_text: lambda token: on_text("\u732b"))
+    monkeypatch.setattr(llava.Stream, "__call__", lambda stream, token: stream.on_text("\u732b"))
+    monkeypatch.setattr(llava.Stream, "finish", lambda stream: None)
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     assert ask()[0] == 0
@@ -1183,7 +1191,7 @@ def test_other_errors_keep_their_traceback(ask, monkeypatch):
 
 
 def test_dtype_that_the_device_lacks():
-    with pytest.raises(HimapError, match=r"device 'cpu': not available for torch.float8_e4m3fn \(.+\)"):
+    with pytest.raises(HimapError, match=r"device 'cpu': not available for torch.float8_e4m3fn \(.+\); there is cpu"):
         find_device("cpu", torch.float8_e4m3fn)
 
 

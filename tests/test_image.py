@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import random
 import re
+import struct
+import zlib
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from PIL import Image
 from toys import noise
 
 from himap_ref import HimapError
+from himap_ref.assistant.picture import load_image
 from himap_ref.checkpoint.config import image_processor
-from himap_ref.image import ImageProcessor, load_image
+from himap_ref.image import ImageProcessor
 
 RED, GREEN, BLUE, WHITE = (250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 250)
 
@@ -211,3 +215,157 @@ def test_settings_of_the_file():
     assert read({"image_mean": [0.5] * 3, "image_std": [0.25] * 3})(white).max().item() == pytest.approx(2.0)
     assert read({"do_pad": True}).do_pad
     assert not read({}).do_pad
+
+
+# ---------------------------------------------------------------- what people give as a picture
+
+
+def png(*chunks: tuple[bytes, bytes], behind: bool = False, crc: int = 0) -> bytes:
+    """A picture of 64 x 32 with chunks of metadata before or behind its pixels."""
+    data = saved("PNG")
+    place = data.index(b"IEND" if behind else b"IDAT") - 4
+    more = [struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body) ^ crc)
+            for name, body in chunks]  # fmt: skip
+    return data[:place] + b"".join(more) + data[place:]
+
+
+def jpeg(*segments: tuple[int, bytes]) -> bytes:
+    data = saved("JPEG")
+    more = [bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body for marker, body in segments]
+    return data[:2] + b"".join(more) + data[2:]
+
+
+def saved(format: str, **options) -> bytes:
+    file = io.BytesIO()
+    four_colours().save(file, format, **options)
+    return file.getvalue()
+
+
+def exif(*entries: tuple[int, int, int, bytes], orientation: int = 6) -> bytes:
+    """Of orientation and other tags: (tag, type, count, value), by hand. All values lie within their entry."""
+    entries = ((0x112, 3, 1, struct.pack("<H", orientation)), *entries)
+    tags = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3].ljust(4, b"\0")[:4] for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4)
+
+
+def tiff_tag(number: int, data: bytes = b"\xff\xff\xff\xff\xff\xff") -> bytes:
+    """A TIFF with orientation 6 in whose entry for a tag type and count are rubbish."""
+    whole = saved("TIFF", tiffinfo={270: "a text", 274: 6, 282: 72.0, 283: 72.0, 34675: b"profile", 700: b"xmp"})
+    order = "<" if whole[:2] == b"II" else ">"
+    place = struct.unpack(f"{order}I", whole[4:8])[0] + 2
+    while whole[place : place + 2] != struct.pack(f"{order}H", number):
+        place += 12
+    return whole[: place + 2] + data + whole[place + 2 + len(data) :]
+
+
+BOMB = zlib.compress(bytes(5 * 2**20))
+LYING, UPRIGHT = (64, 32), (32, 64)
+FAULTY = {  # metadata at fault: (the file, the picture's size)
+    "png text too large": (png((b"zTXt", b"k\0\0" + BOMB)), LYING),
+    "png text too large, behind": (png((b"iTXt", b"k\0\1\0\0\0" + BOMB), behind=True), LYING),
+    "png too much text": (png(*[(b"tEXt", b"k%d\0" % i + bytes(10**6)) for i in range(68)]), LYING),
+    "png profile too large": (png((b"iCCP", b"k\0\0" + BOMB)), LYING),
+    "png profile of another kind": (png((b"iCCP", b"abc\0def")), LYING),
+    "png short sizes": (png((b"pHYs", b"12")), LYING),
+    "png wrong checksum": (png((b"tEXt", b"a\0b"), crc=1), LYING),
+    "png exif without byte order": (png((b"eXIf", b"\0\0\0\x08\0\x02\x01\x12\0\x03")), LYING),
+    "png exif, wrong checksum": (png((b"eXIf", exif()[6:]), crc=1), UPRIGHT),
+    "png exif beside a large text": (png((b"zTXt", b"k\0\0" + BOMB), (b"eXIf", exif()[6:])), UPRIGHT),
+    "png exif as hexadecimal text": (png((b"tEXt", b"Raw profile type exif\0\nexif\n   8\nzz")), LYING),
+    "jpeg orientation 0": (jpeg((0xE1, exif(orientation=0))), LYING),
+    "jpeg orientation 9": (jpeg((0xE1, exif(orientation=9))), LYING),
+    "jpeg orientation 77": (jpeg((0xE1, exif(orientation=77))), LYING),
+    "jpeg resolution -1/0": (jpeg((0xE1, exif((0x11A, 10, 1, bytes(4))))), UPRIGHT),
+    "jpeg a text as a rational": (jpeg((0xE1, exif((0x8298, 5, 1, bytes(4))))), UPRIGHT),
+    "jpeg a type that is none": (jpeg((0xE1, exif((0x10F, 99, 2**31, b"abcd")))), UPRIGHT),
+    "jpeg orientation as text": (jpeg((0xE1, exif().replace(b"\x12\1\3\0", b"\x12\1\2\0"))), LYING),
+    "jpeg exif cut": (jpeg((0xE1, exif()[:17])), LYING),
+    "jpeg short profile": (jpeg((0xE2, b"ICC_PROFILE\0")), LYING),
+    "jpeg short profile beside exif": (jpeg((0xE2, b"ICC_PROFILE\0\1"), (0xE1, exif())), UPRIGHT),
+    "jpeg short JFIF": (jpeg((0xE0, b"JFIF\0")), LYING),
+    "jpeg bad XMP": (jpeg((0xE1, b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation=\"\xff\0")), LYING),
+    "webp exif is rubbish": (saved("WEBP", exif=b"Exif\0\0rubbish!"), LYING),
+    "webp resolution 0/0": (saved("WEBP", exif=exif((0x11A, 5, 1, bytes(4)))), UPRIGHT),
+    "webp profile is rubbish": (saved("WEBP", icc_profile=b"no profile"), LYING),
+    "tiff profile": (tiff_tag(34675), UPRIGHT),
+    "tiff resolution": (tiff_tag(282), UPRIGHT),
+    "tiff resolution, text": (tiff_tag(282, b"\2\0"), UPRIGHT),
+    "tiff description": (tiff_tag(270), UPRIGHT),
+    "tiff XMP": (tiff_tag(700), UPRIGHT),
+    "tiff orientation": (tiff_tag(274), LYING),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("data, size", FAULTY.values(), ids=FAULTY)
+def test_faulty_metadata(data, size):
+    """A good picture refused, or left lying on its side, for what a camera or an editor wrote beside its pixels."""
+    image = load_image(data)
+    assert image.size == size
+    assert corners(image) == ([RED, GREEN, BLUE, WHITE] if size == LYING else [BLUE, RED, WHITE, GREEN])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_random_metadata(format):
+    """A fault that nobody has thought of: bytes of EXIF replaced at random."""
+    draw = random.Random(0)
+    for _ in range(150):
+        block = bytearray(exif((0x10F, 2, 4, b"abc\0"), (0x11A, 5, 1, bytes(4)), (0x8769, 4, 1, b"\x1a\0\0\0")))
+        for _ in range(draw.randint(1, 6)):
+            block[draw.randrange(6, len(block))] = draw.randrange(256)
+        block = bytes(block[: draw.choice((len(block), draw.randrange(8, len(block))))])
+        if format == "TIFF":
+            data = tiff_tag(draw.choice((270, 282, 283, 34675, 700)), draw.randbytes(6))
+        else:
+            data = {"PNG": lambda b: png((b"eXIf", b[6:])), "JPEG": lambda b: jpeg((0xE1, b)),
+                    "WEBP": lambda b: saved("WEBP", exif=b)}[format](block)  # fmt: skip
+        assert load_image(data).size in (LYING, UPRIGHT)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP", "GIF"])
+def test_pixels_that_are_missing(format):
+    """Half a picture read with the rest black or grey, now that faults in metadata are let pass."""
+    data = io.BytesIO()
+    noise(64, 64).save(data, format)
+    for share in (0.3, 0.6, 0.9):
+        with pytest.raises(HimapError, match="cannot be read"):
+            load_image(data.getvalue()[: int(share * len(data.getvalue()))])
+
+
+def test_kinds_of_picture(tmp_path):
+    """A file's bytes, an open file or an array taken for a path."""
+    path, data = tmp_path / "a.png", saved("PNG")
+    path.write_bytes(data)
+    numpy = pytest.importorskip("numpy")
+    array = numpy.array(four_colours())
+    read = io.BytesIO(data)
+    read.read()
+    with path.open("rb") as file:
+        for source in (path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), read, file, array):
+            assert load_image(source).tobytes() == four_colours().tobytes()
+    assert load_image(array[..., 0]).getpixel((0, 0)) == (250,) * 3
+    assert load_image(numpy.dstack([array, array[..., :1] * 0])).getpixel((0, 0)) == (255,) * 3
+
+
+@pytest.mark.parametrize("source, said", [
+    ("https://example.org/a//b.jpg", "^https://example.org/a//b.jpg: an address, not a file: download it first"),
+    ("HTTP://example.org/b.jpg", "^HTTP://example.org/b.jpg: .*download it first"),
+    ("s3://bucket/b.jpg", "download it first"), ("data:image/png;base64,iVBORw0KGgo=", "^data:image.*download"),
+    (5, "type int.*expected a path, bytes"), (torch.zeros(3, 4, 4), "type Tensor.*uint8 array"),
+    (io.StringIO("x"), "type StringIO.*not 'str'"), (b"", "type bytes"), ({}, "type dict"),
+])  # fmt: skip
+def test_kinds_that_are_no_picture(source, said):
+    """An address with its slashes collapsed, "no such file", or an array printed in the place of a name."""
+    with pytest.raises(HimapError, match=said):
+        load_image(source)
+
+
+@pytest.mark.parametrize("shape, kind", [
+    ((3, 8, 8), "uint8"), ((8, 8, 3), "float32"), ((8, 8, 3), "int64"), ((1, 8, 8, 3), "uint8"), ((8,), "uint8"),
+])  # fmt: skip
+def test_arrays_that_are_no_picture(shape, kind):
+    """Numbers from 0 to 1 taken for levels: a black picture."""
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(HimapError, match=r"type ndarray.*expected uint8 \(H, W\)"):
+        load_image(numpy.zeros(shape, kind))

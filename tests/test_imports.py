@@ -41,4 +41,4 @@ def test_one_way(file):
 
 
 def test_run_needs_no_study():
-    assert imported(ROOT / "run.py", ()) == {"", "commands", "methods"}
+    assert imported(ROOT / "run.py", ()) == {"", "assistant", "commands", "methods"}

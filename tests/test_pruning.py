@@ -388,7 +388,9 @@ def test_parse_stages():
     )
     assert type(parse_stages("2:1:text_to_image")[0].keep) is int
     assert type(parse_stages("2:1.0:text_to_image")[0].keep) is float
-    assert parse_stages("") == ()
+    for nothing in ("", " \n"):
+        with pytest.raises(HimapError, match="none are given.*--method none"):
+            parse_stages(nothing)
     for name in ("text_to_image", "image_to_image", "last_to_image", "all_to_image", "random"):
         (stage,) = parse_stages(f"3:.5:{name}")
         assert stage.name == name and stage.score is SCORES[name]

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+MISTRAL = "{{ '[INST] ' + m[0]['content'] + ' [/INST]' }}{% if x %}{{ m[1]['content'] + '</s>' }}{% endif %}"
 TWO = "2:40:text_to_image,8:0.25:image_to_image"
 
 
@@ -144,6 +147,61 @@ def test_chat_fills_the_context(run, monkeypatch):
     status, out, err = run("--chat", "--prompt", "How many?", "--image", ROOT / "weights/shapes/example.png")
     assert status == 0 and 15 < len(out.splitlines()) < 30 and "Traceback" not in err
     assert err.splitlines()[-1].endswith("it fills the model's context of 512 tokens")
+
+
+NOTE = "note: the question holds"
+
+
+@pytest.mark.parametrize("question, signs", [
+    ("What color is the star?", None), ("USER: <image>\nWhat is it? ASSISTANT:", "USER:, <image>, ASSISTANT:"),
+    ("user: what is it?", "USER:"), ("Is <image> a tag?", "<image>"), ("[INST] What? [/INST]", "[INST], [/INST]"),
+    ("<|start_header_id|>user", "<|start_header_id|>"), ("Q: What is it?", "Q:"), ("The user asks: what?", None),
+])  # fmt: skip
+def test_roles_in_the_question(run, monkeypatch, question, signs):
+    """A whole prompt pasted as the question: asked with its roles twice, without a word."""
+    ask = "--prompt", question, "--image", ROOT / "weights/shapes/example.png", "--max-new-tokens", 1
+    status, _, err = run(*ask, "--template", "Q: <image>{question} A:" if question[:2] == "Q:" else "shapes")
+    assert status == 0 and (f"{NOTE} {signs} and is asked so" in err if signs else NOTE not in err)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Why?\n{question}\n"))
+    assert signs is None or question[:2] == "Q:" or "\n" in question or f"{NOTE} {signs}" in run("--chat")[2]
+
+
+@pytest.mark.parametrize("name, jinja, template", [
+    ("chat_template.jinja", "{{ messages }}", None), ("chat_template.jinja", "{{ messages }}", "llava-hf"),
+    ("chat_template.jinja", MISTRAL, None), ("himap.json", '{"template": "A <image>{question}"}', None),
+    (None, None, None),
+])  # fmt: skip
+def test_note_of_the_chat_template(run, tmp_path, name, jinja, template):
+    """Vicuna's prompt for a model of another kind, without a word; or a word where all is well."""
+    folder = shutil.copytree(ROOT / "weights" / "shapes", tmp_path / "model", ignore=shutil.ignore_patterns("results"))
+    (folder / "himap.json").unlink()
+    if name:
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / name).write_text(jinja)
+    ask = "--image", "none", "--prompt", "What is it?", "--max-new-tokens", 1, "--weights", folder, "--method", "none"
+    status, _, err = run(*ask, *(("--template", template) if template else ()))
+    expected = jinja == "{{ messages }}" and template is None
+    assert status == 0 and ("is of no known family; used is vicuna_v1, unless --template names" in err) == expected
+    assert err.count("note: ") == expected + ("--max-new-tokens" in err)
+
+
+@pytest.mark.parametrize("args, without_output, without_errors", [  # exit statuses
+    (["run.py"], 141, 141), (["run.py", "--json"], 141, 141), (["run.py", "--trace", "--compare"], 141, 141),
+    (["run.py", "--chat", "--prompt", "Why?"], 141, 141), (["run.py", "--help"], 141, 0),
+    (["run.py", "--stages", "x"], 2, 2), (["-m", "himap_ref.studies.bias", "--help"], 141, 0),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_pipe(args, without_output, without_errors, closed):
+    """`run.py | head -0`: an error, Python's complaint on its way out, or a status of 1, as after a fault of ours."""
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: write}
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, *args], check=False, cwd=ROOT, stdin=subprocess.DEVNULL, env=env, **streams)
+    os.close(write)
+    assert done.returncode == (without_output if closed == "stdout" else without_errors)
+    assert done.returncode == 2 or b"rror" not in (done.stderr or b"")
+    assert done.returncode == 2 or closed == "stdout" or b"yellow" in done.stdout or {*args} & {"--chat", "--help"}
 
 
 @pytest.mark.parametrize("other", ["--json", "--compare", "--reprune", "--trace"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..checkpoint.template import read_chat_template
 
-# How families look in outline (see `outline_of`). START: what comes only of a system message, and nobody gives one here.
+# The families in outline (see `outline_of`). START: what comes only of a system message, and nobody gives one here.
 START, TEXT, BOS = r"(?:~|@var|@text\s*)*", r"(?:(?:@text|@var)~*)+", r"(?:@bos|<s>|<\|begin_of_text\|>)"
 ASK, END = rf"~*(?P<image>(?:<image>\s*)?)~*{TEXT}", r"(?P<end>[^~@]*(?:@eos)?[^~@]*)"
 FAMILIES = [f"{START}{BOS}??{START}{family}~*" for family in (
@@ -25,7 +25,7 @@ FAMILIES = [f"{START}{BOS}??{START}{family}~*" for family in (
 STRING_OR_NAME = r"""(?s)(['"])((?:\\.|(?!\1).)*)\1|([.|]?)\s*([A-Za-z_]\w*)(?=\s*([.(\[]?))|([^\s+|()\[\].\d:~])"""
 NAMES = {
     ".content": "@text", ".text": "@text", ".role": "@role", ".upper": "@upper", "|upper": "@upper", ".strip": "",
-    "|trim": "", "bos_token": "@bos", "eos_token": "@eos", **dict.fromkeys(("if", "else", "and", "or", "not", "in"), "@?"),
+    "|trim": "", "bos_token": "@bos", "eos_token": "@eos", "if": "@?", "else": "@?", "or": "@?", "and": "@?",
 }  # fmt: skip
 TAGS = {"generation": "", "endgeneration": "", **dict.fromkeys(("if", "elif", "else", "endif", "for", "endfor"), "~")}
 
@@ -64,7 +64,8 @@ def outline_of(jinja: str) -> str:
         elif part.startswith("{%") and word != "set":
             outline += TAGS.get(word, "@?")
         elif "raise_exception(" not in part:
-            expression = re.sub(r"\[\s*(['\"])(\w+)\1\s*\]", r".\2", rest.partition("=")[2] if word == "set" else part[2:-2])
+            expression = rest.partition("=")[2] if word == "set" else part[2:-2]
+            expression = re.sub(r"\[\s*(['\"])(\w+)\1\s*\]", r".\2", expression)  # ["role"] is .role
             for quote, string, before, name, after, other in re.findall(STRING_OR_NAME, expression):
                 variable = "@?" if before or after == "(" else "" if after else "@var"
                 string = string.encode("ascii", "backslashreplace").decode("unicode-escape", "replace")  # as Jinja

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from ..config import LlavaConfig
 from ..errors import HimapError
 from ..flops import pass_flops, projector_flops, vision_flops
 from ..generation import clock, generate
-from ..image import ImageProcessor, load_image
+from ..image import ImageProcessor
 from ..kernels import single_rows
 from ..methods.reducers import ImageReducer
 from ..methods.schedules import parse_stages
@@ -29,9 +28,8 @@ from ..pruning import Stages, stages_by_layer
 from ..sampling import Sampling
 from .answer import Answer, Past, count_flops
 from .chat_template import read_template
+from .picture import Picture, load_image
 from .text import Stream, text_of
-
-Picture = str | Path | Image.Image
 
 
 class Llava(LlavaModel):

@@ -62,7 +62,10 @@ def find_device(name: str | torch.device, dtype: torch.dtype = torch.float32) ->
         return one.device
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         reason = re.split(r"\. |\n", str(error))[0]  # the first sentence of many
-        raise HimapError(f"device {str(name)!r}: not available for {dtype} ({reason})") from None
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        why = f"not available for {dtype} ({reason}); there is {', '.join(there)}"
+        raise HimapError(f"device {str(name)!r}: {why}") from None
 
 
 def read_json(path: Path) -> dict:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..assistant import Answer, Llava
 from ..errors import HimapError
+from .options import note_roles
 from .report import amount
 
 
@@ -34,6 +35,7 @@ def chat(model: Llava, ask: Callable[..., Any], ask_first: Callable[..., Any], f
     past, turn, context = None, 0, model.config.text_config.max_position_embeddings
     full = f"note: the conversation ends here: it fills the model's context of {context} tokens"
     for question in questions(first):
+        note_roles(model, question)
         try:
             show: Callable[[str], None] = partial(print, end="", flush=True)
             answer = ask(None, question, past=past, on_text=show) if past else ask_first(question, on_text=show)

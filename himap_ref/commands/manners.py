@@ -9,18 +9,24 @@ from ..errors import HimapError
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command-line tool: bad input, a full disk or memory end it with one line and status 2, Ctrl-C with 130."""
+    """Runs a command-line tool: bad input, a full disk or memory end it with one line and status 2, Ctrl-C with 130,
+    a reader that has gone away without a word and with 141."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us: what is printed must not end up in the other one
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of an answer
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:  # after --help, too: Python's own flush on its way out is a traceback where it fails
+            sys.stdout.flush()
         return
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough: what the shell says of any program that this ends
+        sys.stdout = sys.stderr = None
+        sys.exit(141)
     except (HimapError, OSError) as error:
         reason = str(error)
     except (MemoryError, RuntimeError) as error:
@@ -30,6 +36,6 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         print(f"error: {HimapError(reason)}", file=sys.stderr)
         sys.stdout.flush()
-    except OSError:  # a full disk, a closed pipe: Python would say so once more on its way out
+    except OSError:  # a full disk or a closed pipe, again: Python would say so once more on its way out
         sys.stdout = sys.stderr = None
     sys.exit(2)

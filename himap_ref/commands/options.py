@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..assistant import Llava
+from ..assistant.chat_template import read_template
 from ..checkpoint.files import find_device, find_folder
-from ..prompt import TEMPLATES
+from ..prompt import TEMPLATES, split
 
 EMBEDDED = Path(__file__).parents[2] / "weights" / "shapes"
 
@@ -24,7 +27,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="default: float32, bfloat16 for other --weights")  # fmt: skip
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
-    parser.add_argument("--template", help="vicuna_v1, llava-hf, shapes, or text with <image> and {question}")
+    parser.add_argument("--template", help=f"{', '.join(TEMPLATES)}, or text with <image> and {{question}}; default: "
+                        "the model's")  # fmt: skip
 
 
 def is_embedded(weights: str | Path) -> bool:
@@ -34,15 +38,31 @@ def is_embedded(weights: str | Path) -> bool:
 
 def load_model(args: argparse.Namespace) -> tuple[Llava, Path]:
     """The model that `add_model_arguments` (or arguments of the same names) ask for, and its folder."""
+    template = TEMPLATES.get(args.template, args.template)
+    if template is not None:
+        split(template)
     dtype = getattr(torch, args.dtype or ("float32" if is_embedded(args.weights) else "bfloat16"))
-    device = find_device(args.device, dtype)  # before gigabytes are downloaded
+    device = find_device(args.device, dtype)  # as `split`: before gigabytes are downloaded
     folder = find_folder(args.weights, args.revision)
     model = Llava.from_pretrained(folder, dtype, device)
     if args.pad:
         model.image_processor = replace(model.image_processor, do_pad=True)
-    if args.template is not None:
-        model.template = TEMPLATES.get(args.template, args.template)
+    if template is not None:
+        model.template = template
+    elif "template" not in model.settings and read_template(folder) == (None, True):
+        names = ", ".join(TEMPLATES)
+        print(f"note: the chat template in {folder} is of no known family; used is vicuna_v1, unless --template names "
+              f"another ({names}) or is a text with <image> and {{question}}", file=sys.stderr)  # fmt: skip
     return model, folder
+
+
+def note_roles(model: Llava, question: str) -> None:
+    """A word on standard error if a question brings along what the template puts around it; it is asked as it is."""
+    text = " ".join((*TEMPLATES.values(), model.template))
+    signs = dict.fromkeys(re.findall(r"<\|.*?\|>|\[/?[A-Z]+\]|\b[A-Z]+:|<image>", text))
+    if found := [sign for sign in signs if sign.lower() in question.lower()]:
+        print(f"note: the question holds {', '.join(found)} and is asked so, but the template puts the like around it: "
+              "better give the question alone", file=sys.stderr)  # fmt: skip
 
 
 def revision_of(folder: Path) -> str | None:

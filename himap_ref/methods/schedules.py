@@ -89,8 +89,21 @@ def parse_method(text: str, model: LlavaModel) -> Method:
     seed 7. Raises HimapError that quotes what is at fault.
     """
     method = _parse_method(text, model)
-    method.tokens_per_layer(model.config)
+    try:
+        method.tokens_per_layer(model.config)
+    except HimapError as error:
+        if text not in METHODS:
+            raise
+        fit = ", ".join(name for name in METHODS if name != text and _fits(name, model))
+        raise HimapError(f"method {text!r} does not fit this model ({error}): choose {fit} or own stages") from None
     return method
+
+
+def _fits(name: str, model: LlavaModel) -> bool:
+    try:
+        return bool(_parse_method(name, model).tokens_per_layer(model.config))
+    except HimapError:
+        return False
 
 
 def _parse_method(text: str, model: LlavaModel) -> Method:
@@ -116,8 +129,10 @@ def parse_stages(text: str, trusted: bool = True) -> tuple[Stage, ...]:
     A score is a name of `SCORES`, random7 (seed 7), none (with keep 0: the whole picture goes) or, if `trusted` (typed
     by the user, not read from a file), `module:function`. Raises HimapError that quotes the stage at fault.
     """
+    if not text.strip():
+        raise HimapError("stages: none are given: expected LAYER:KEEP:SCORE,...; to prune nothing: --method none")
     stages = []
-    for part in text.split(",") if text.strip() else ():
+    for part in text.split(","):
         try:
             where, left, score = part.split(":", 2)
             layer, keep = int(where), float(left) if "." in left else int(left)

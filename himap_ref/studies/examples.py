@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..assistant.picture import load_image
 from ..errors import HimapError
-from ..image import load_image
 from .scenes import Scene, draw
 
 

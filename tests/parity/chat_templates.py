@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Chat templates as folders hold them: the known families in the spellings of many repositories, and others."""
 
 IMAGES = "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"

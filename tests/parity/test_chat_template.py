@@ -57,7 +57,7 @@ def write_folder(folder, processor, jinja):
 
 @pytest.mark.parametrize("name", [*PARTS, *STRINGS])
 def test_ids_equal(processor, tmp_path, name):
-    """Vicuna's prompt for another family's model; a turn without the end of the answer before, or with a role too few."""
+    """Vicuna's prompt for another family's model; a turn without the end of the answer before, or without a role."""
     jinja = (PARTS | STRINGS)[name]
     write_folder(tmp_path, processor, jinja)
     (template, found), tokenizer = read_template(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from toys import noise
 
+from himap_ref.assistant.picture import load_image
 from himap_ref.checkpoint.config import image_processor
-from himap_ref.image import ImageProcessor, load_image
+from himap_ref.image import ImageProcessor
 
 transformers = pytest.importorskip("transformers")
 
