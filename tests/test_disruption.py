@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from himap_ref import HimapError, generation
 from himap_ref.decoder import rope
 from himap_ref.studies import disruption
-from himap_ref.studies.disruption import KINDS, READINGS, Block, Prompts, draw_rows, summarize
+from himap_ref.studies.disruption import KINDS, READINGS, Block, blocked, disrupt, draw_rows, summarize, visible
 from himap_ref.studies.examples import Example
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,20 +65,19 @@ def x(embeddings):
 def test_official(official, case):
     """Another reading of "isolate layer", other rows or columns, a diagonal left open: anything but the official."""
     span = case["sys_length"], case["sys_length"] + case["img_length"]
-    prompts = Prompts(official, RECORDED[case["inputs_embeds"]], span, ["unused"])
+    x = RECORDED[case["inputs_embeds"]]
     kind, layer = case["isolate_modality"], case["isolate_layer"]
     blocks = {"official_inplace": Block(kind, "from", layer), "cloned_single_layer": Block(kind, "only", layer)}
     for name, block in {**blocks, "vanilla": None}.items():
-        logits = prompts.prefill(block).logits[0]
+        logits = disrupt(official, x, span, block, ["unused"], 1).first_logits[0]
         assert_close(logits, RECORDED[f"{case['id']}.{name}_logits_last"], rtol=0, atol=2e-4)
         assert logits.topk(5).indices.tolist() == case["top5"][name.split("_")[0]]
 
 
 def test_slow_attention(decoder, x):
-    """A wrong row, column, layer or diagonal; layers shared by two blocks that they must not share; items mixed up."""
-    prompts = Prompts(decoder, x, SPAN, SEEDS)  # one for all blocks: what they share is what is tested
+    """A wrong row, column, layer or diagonal; a block that stays when it is over; items mixed up."""
     for block in itertools.starmap(Block, itertools.product(KINDS, READINGS, range(5), [False, True])):
-        got = prompts.prefill(block).logits
+        got = disrupt(decoder, x, SPAN, block, SEEDS, 1).first_logits
         for b, seed in enumerate(SEEDS):
             want = slow(decoder, x[b : b + 1], block, draw_rows(N_TOKENS, slice(*SPAN), seed))
             assert_close(got[b], want, rtol=0, atol=5e-5, msg=lambda text, block=block: f"{block}: {text}")
@@ -88,11 +87,14 @@ def test_slow_attention(decoder, x):
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_tokens(decoder, x, kind, reading):
     """New tokens that see in the cache what the text must not see, or that miss what the image rows alone must not."""
-    prompts, block = Prompts(decoder, x, SPAN, SEEDS), Block(kind, reading, 2)
-    out, ids = prompts.prefill(block), torch.tensor([[5, 9, 40], [70, 2, 2]])
+    block, ids = Block(kind, reading, 2), torch.tensor([[5, 9, 40], [70, 2, 2]])
+    mask, cache = visible(block, N_TOKENS, slice(*SPAN), SEEDS, 3), None
     for step in range(3):
         position = torch.full((2, 1), N_TOKENS + step)
-        out = decoder(decoder.embed_tokens(ids[:, step : step + 1]), positions=position, cache=out.cache)
+        with blocked(decoder, block.layers(5), mask):
+            cache = decoder(x).cache if cache is None else cache
+            out = decoder(decoder.embed_tokens(ids[:, step : step + 1]), positions=position, cache=cache)
+        cache = out.cache
         for b, seed in enumerate(SEEDS):
             longer = torch.cat((x[b], decoder.embed_tokens(ids[b, : step + 1])))[None]
             drawn = draw_rows(N_TOKENS, slice(*SPAN), seed)  # of the prompt: new tokens are never drawn
@@ -100,25 +102,25 @@ def test_new_tokens(decoder, x, kind, reading):
 
 
 def test_generate(decoder, x):
-    """Without a block another answer than the core's; one answer that leaves its tokens in the next one's cache."""
-    prompts, want = Prompts(decoder, x, SPAN, SEEDS), generation.generate(decoder, x, SPAN, max_new_tokens=6)
+    """Without a block another answer than the core's; a block that is in place for the next answer, too."""
+    want = generation.generate(decoder, x, SPAN, max_new_tokens=6)
     block = Block("img2txt", "from", 1)
-    disrupted = prompts.generate(block, 6, ())
-    for _ in range(2):
-        out = prompts.generate(None, 6, ())
-        assert out.token_ids == want.token_ids
-        assert_close(out.first_logits, want.first_logits, rtol=0, atol=5e-5)
-    assert disrupted.token_ids == prompts.generate(block, 6, ()).token_ids != want.token_ids
+    disrupted = disrupt(decoder, x, SPAN, block, SEEDS, 6)
+    out = disrupt(decoder, x, SPAN, None, SEEDS, 6)
+    assert out.token_ids == want.token_ids and out.first_logits.equal(want.first_logits)
+    assert disrupted.token_ids == disrupt(decoder, x, SPAN, block, SEEDS, 6).token_ids != want.token_ids
     first = want.token_ids[0][0]
-    assert prompts.generate(None, 6, (first,)).token_ids[0] == [first]
+    assert disrupt(decoder, x, SPAN, None, SEEDS, 6, (first,)).token_ids[0] == [first]
 
 
 def test_last_layer(decoder, x):
     """A block that reaches rows it does not name: the last layer's image rows lead nowhere, its text rows do."""
-    prompts = Prompts(decoder, x, SPAN, SEEDS)
-    plain = prompts.prefill().logits
-    assert_close(prompts.prefill(Block("img2img", "from", 4)).logits, plain, rtol=0, atol=1e-6)
-    assert (prompts.prefill(Block("img2txt", "from", 4)).logits - plain).abs().max() > 0.01
+    plain, images, text = (
+        disrupt(decoder, x, SPAN, block, SEEDS, 1).first_logits
+        for block in (None, Block("img2img", "from", 4), Block("img2txt", "from", 4))
+    )
+    assert_close(images, plain, rtol=0, atol=1e-6)
+    assert (text - plain).abs().max() > 0.01
 
 
 def test_random_rows():
@@ -133,14 +135,13 @@ def test_random_rows():
 
 def test_refused(decoder, x):
     """A row that sees nothing giving NaN; a layer or a name that is not there taken for another."""
-    at_start = Prompts(decoder, x, (0, 9), SEEDS)
     with pytest.raises(HimapError, match="keep the diagonal"):
-        at_start.prefill(Block("img2img", "only", 1))
+        disrupt(decoder, x, (0, 9), Block("img2img", "only", 1), SEEDS, 1)
     for block in (Block("img2img", "only", 1, keep_diagonal=True), Block("img2txt", "from", 0)):
-        assert at_start.prefill(block).logits.isfinite().all()
+        assert disrupt(decoder, x, (0, 9), block, SEEDS, 1).first_logits.isfinite().all()
     for layer in (-1, 5):
         with pytest.raises(HimapError, match=r"the decoder's layers are 0\.\.4"):
-            at_start.prefill(Block("img2txt", "only", layer))
+            disrupt(decoder, x, (0, 9), Block("img2txt", "only", layer), SEEDS, 1)
     for kind, reading in (("txt2img", "only"), ("img2txt", "after")):
         with pytest.raises(HimapError, match="is unknown"):
             Block(kind, reading, 0)

@@ -13,8 +13,8 @@ five likeliest first tokens and those of the undisrupted model. Also the share o
 official files hold only questions that the undisrupted model gets right; others lower label consistency everywhere.
 One JSON line per question goes to --out; the same command started again goes on where it stopped.
 
-Two things differ from the official code. It computes the whole sequence anew for every new token; here a cache
-without what is hidden gives the same. Its random rows are drawn anew, unseeded, for every new token, new tokens among
+Two things differ from the official code. It computes the whole sequence anew for every new token; here each is computed
+once, behind the cache. Its random rows are drawn anew, unseeded, for every new token, new tokens among
 them; here once per question, from the prompt: the same rows in every layer, reading and run.
 """
 
@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,12 +36,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..assistant import Llava
-from ..cache import LayerCache, causal_mask
+from ..cache import causal_mask
 from ..commands.manners import run_command
 from ..commands.options import add_model_arguments
-from ..decoder import DecoderOutput, LlamaDecoder, rope
+from ..decoder import LlamaDecoder
 from ..errors import HimapError
-from ..flops import Trace
 from ..generation import Generated, generate
 from ..model import find_image_span
 from .asking import record_each
@@ -89,113 +90,62 @@ def draw_rows(n: int, image: slice, seed: str) -> list[int]:
     return random.Random(seed).sample(range(image.start, n), n - image.stop)
 
 
-def visible(block: Block, n: int, image: slice, seeds: Sequence[str]) -> Tensor:
-    """(B, 1, n, n), True where the row sees the key: causal, and image keys not from the block's rows.
+def visible(block: Block, n: int, image: slice, seeds: Sequence[str], new: int) -> Tensor:
+    """(B, 1, m, m), m = n + new: True where the row sees the key: causal, and image keys not from the block's rows.
 
-    Raises HimapError if a row would see nothing, to which softmax has no answer.
+    New tokens are text, but never drawn. Raises HimapError if a row would see nothing, to which softmax has no answer.
     """
-    blocked, columns = torch.zeros(len(seeds), n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    positions = torch.arange(n + new)
+    blocked, columns = torch.zeros(len(seeds), n + new, dtype=torch.bool), torch.zeros(n + new, dtype=torch.bool)
     columns[image] = True
-    text, images = range(image.stop, n), range(image.start, image.stop)
+    text, images = range(image.stop, n + new), range(image.start, image.stop)
     for b, seed in enumerate(seeds):
         rows = {"img2txt": text, "img2img": images, "random": draw_rows(n, image, seed)}[block.kind]
         blocked[b, list(rows)] = True
-    hidden = blocked[:, :, None] & columns  # (B, n, n)
+    hidden = blocked[:, :, None] & columns  # (B, m, m)
     if block.keep_diagonal:
-        hidden &= ~torch.eye(n, dtype=torch.bool)
-    positions = torch.arange(n)[None]
-    mask = causal_mask(positions, positions) & ~hidden[:, None]
+        hidden &= ~torch.eye(n + new, dtype=torch.bool)
+    mask = causal_mask(positions[None], positions[None]) & ~hidden[:, None]
     if not mask.any(dim=-1).all():
         raise HimapError(f"{block.kind}: no token stands before the image, so its rows see nothing: keep the diagonal")
     return mask
 
 
-# ---------------------------------------------------------------- blocked prefills
+@contextmanager
+def blocked(decoder: LlamaDecoder, layers: Iterable[int], mask: Tensor) -> Iterator[None]:
+    """Within it, rows of these layers see what `mask` (B, 1, m, m) says, in the prompt and in new tokens.
 
-
-class State(NamedTuple):
-    """On entry to layer len(kv): what the layers below have made."""
-
-    x: Tensor  # (B, n, d); after the last layer (B, 1, d)
-    kv: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer below, (B, n, g, c) each
-
-
-class Prompts:
-    """A batch of prompts to run under many blocks. Layers that the blocks have in common run once.
-
-    inputs_embeds: (B, n, d). seeds: one per prompt, for its random rows.
+    For prompts of one length without stages: there, the rows of a pass are the last ones among its keys.
     """
+    attentions = [decoder.layers[i].self_attn for i in layers]
 
-    def __init__(self, decoder: LlamaDecoder, inputs_embeds: Tensor, image_span: tuple[int, int], seeds: Sequence[str]):
-        self.decoder, self.x, self.image, self.seeds = decoder, inputs_embeds, slice(*image_span), seeds
-        B, n, _ = inputs_embeds.shape
-        self.positions = torch.arange(n, device=inputs_embeds.device).expand(B, n)
-        self.cos_sin = rope(self.positions[:1], decoder.config, inputs_embeds.dtype)
-        self.masks: dict[tuple, Tensor] = {}
-        self.trunks: dict[tuple | None, list[State]] = {}
+    def attend(plain: Callable, q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
+        rows, keys = q.shape[1], k.shape[1]
+        return plain(q, k, v, mask[:, :, keys - rows : keys, :keys])
 
-    @torch.no_grad()
-    def prefill(self, block: Block | None = None) -> DecoderOutput:
-        """The decoder's output for the last row. The cache is as new tokens may see it: to img2txt they are text."""
-        T = len(self.decoder.layers)
-        layers = block.layers(T) if block else range(T, T)
-        state = self._trunk(block, layers.stop) if layers.start == 0 else self._trunk(None, layers.start)
-        while len(state.kv) < T:
-            state = self._run_layer(state, block if len(state.kv) in layers else None)
-        cache = []
-        for i, kv in enumerate(state.kv):
-            hides = i in layers and block and block.kind == "img2txt"
-            tokens = (*kv, self.positions)
-            cache.append(LayerCache(*(self._without_image(t) for t in tokens) if hides else tokens))
-        hidden = self.decoder.norm(state.x)
-        trace = Trace([], [], torch.zeros(len(self.x), 2, dtype=torch.long))
-        return DecoderOutput(self.decoder.logits(hidden[:, -1]), hidden, trace, cache)
-
-    def generate(self, block: Block | None, max_new_tokens: int, eos_token_ids: Sequence[int]) -> Generated:
-        """Greedy answers, the block in place for the new tokens too."""
-        prefilled: Any = _Prefilled(self.decoder, self.prefill(block))
-        return generate(prefilled, self.x, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
-
-    def _trunk(self, block: Block | None, layer: int) -> State:
-        """On entry to `layer` with every layer below blocked, or none."""
-        states = self.trunks.setdefault((block.kind, block.keep_diagonal) if block else None, [State(self.x, ())])
-        while len(states) <= layer:
-            states.append(self._run_layer(states[-1], block))
-        return states[layer]
-
-    def _run_layer(self, state: State, block: Block | None) -> State:
-        """One layer further, as in `LlamaDecoder.forward`: the last one only for the last row."""
-        layer, mask, (cos, sin) = self.decoder.layers[len(state.kv)], self._mask(block), self.cos_sin
-        x, (q, k, v) = state.x, layer.self_attn.qkv(layer.input_layernorm(state.x), cos, sin)
-        if len(state.kv) == len(self.decoder.layers) - 1:
-            mask = causal_mask(self.positions, self.positions) if mask is None else mask
-            x, q, mask = x[:, -1:], q[:, -1:], mask[:, :, -1:]
-        x = x + layer.self_attn.attend(q, k, v, mask)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return State(x, (*state.kv, (k, v)))
-
-    def _mask(self, block: Block | None) -> Tensor | None:
-        if block is None:
-            return None
-        key = block.kind, block.keep_diagonal
-        if key not in self.masks:
-            self.masks[key] = visible(block, self.x.shape[1], self.image, self.seeds).to(self.x.device)
-        return self.masks[key]
-
-    def _without_image(self, t: Tensor) -> Tensor:
-        return torch.cat((t[:, : self.image.start], t[:, self.image.stop :]), dim=1)  # (B, n - N, ...)
+    for attention in attentions:
+        attention.attend = partial(attend, attention.attend)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            del attention.attend
 
 
-class _Prefilled:
-    """Stands in for a decoder whose prefill is done: all that `generate` asks of one."""
+def disrupt(
+    decoder: LlamaDecoder, x: Tensor, image_span: tuple[int, int], block: Block | None, seeds: Sequence[str],
+    max_new_tokens: int, eos_token_ids: Sequence[int] = (),
+) -> Generated:  # fmt: skip
+    """Greedy answers to prompts of one length, (B, n, d), the block in place for the new tokens too.
 
-    def __init__(self, decoder: LlamaDecoder, output: DecoderOutput):
-        self.config, self.embed_tokens, self.decoder = decoder.config, decoder.embed_tokens, decoder
-        self.output: DecoderOutput | None = output
-
-    def __call__(self, *args: Any, **kwargs: Any) -> DecoderOutput:
-        output, self.output = self.output, None
-        return output or self.decoder(*args, **kwargs)
+    seeds: one per prompt, for its random rows.
+    """
+    ask = partial(generate, decoder, x, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
+    if block is None:
+        return ask()
+    mask = visible(block, x.shape[1], slice(*image_span), seeds, max_new_tokens).to(x.device)
+    with blocked(decoder, block.layers(len(decoder.layers)), mask):
+        return ask()
 
 
 # ---------------------------------------------------------------- many questions under many blocks
@@ -217,9 +167,9 @@ def answer(
         places = [i for i, ids in enumerate(prompts) if len(ids) == n]
         x = torch.stack([model.embed(prompts[i], images[i]) for i in places])
         span: Any = find_image_span(prompts[places[0]], model.config.image_token_index)  # never None with a picture
-        equal = Prompts(model.language_model, x, span, [f"{seed} {examples[i].key}" for i in places])
+        seeds = [f"{seed} {examples[i].key}" for i in places]
         for block in tqdm((None, *blocks), "blocks", leave=False):
-            out = equal.generate(block, max_new_tokens, model.eos_token_ids)
+            out = disrupt(model.language_model, x, span, block, seeds, max_new_tokens, model.eos_token_ids)
             top5 = out.first_logits.float().topk(5).indices.tolist()
             for i, ids, top in zip(places, out.token_ids, top5, strict=True):
                 text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
