@@ -33,6 +33,27 @@ class ImageReducer(Protocol):
         """Encoder and projector, per picture, as the call runs them."""
 
 
+def check_patches(config: LlavaConfig, method: str) -> int:
+    """How many patches there are to rank; raises HimapError if the model does not suit a method that ranks them."""
+    if config.vision_feature_select_strategy != "default":
+        raise HimapError(f"{method} ranks patches; this model keeps the class token among them")
+    if config.vision_layers_used == 0:
+        raise HimapError(f"{method} needs an encoder layer to rank by; this model uses none")
+    return config.vision_config.num_patches
+
+
+def last_layer(model: LlavaModel, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The features (B, T, d), class token included; and of the encoder's last used layer, mean over heads, how much the
+    class token attends to each patch (B, P), and the keys (B, T, c)."""
+    tower = model.vision_tower
+    states = [*tower.hidden_states(pixel_values)]
+    last = cast(EncoderLayer, tower.layers[-1])  # the elements of an nn.ModuleList have no type
+    h, attn = last.layer_norm1(states[-2]), last.self_attn
+    q, k = attn.heads(attn.q_proj(h[:, :1])), attn.heads(attn.k_proj(h))  # (B, h, 1, c), (B, h, T, c)
+    attention = ((q * q.shape[-1] ** -0.5) @ k.mT).float().softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+    return torch.cat([states[i] for i in tower.taken], dim=-1), attention, k.mean(dim=1)
+
+
 @dataclass(frozen=True)
 class ClsAttention:
     """Keeps the `keep` patches that the class token attends to most, mean over heads, in the encoder's last used layer.
@@ -43,27 +64,16 @@ class ClsAttention:
     keep: int
 
     def num_image_tokens(self, config: LlavaConfig) -> int:
-        patches = config.vision_config.num_patches
-        if config.vision_feature_select_strategy != "default":
-            raise HimapError("CLS attention ranks patches; this model keeps the class token among them")
-        if config.vision_layers_used == 0:
-            raise HimapError("CLS attention needs an encoder layer to rank by; this model uses none")
+        patches = check_patches(config, "CLS attention")
         if not 1 <= self.keep <= patches:
             raise HimapError(f"cls:{self.keep}: the picture has {patches} image tokens: keep 1 to {patches}")
         return self.keep
 
     def __call__(self, model: LlavaModel, pixel_values: Tensor) -> Tensor:
         self.num_image_tokens(model.config)  # raises what does not suit
-        tower, projector = model.vision_tower, model.multi_modal_projector
-        last = cast(EncoderLayer, tower.layers[-1])  # the elements of an nn.ModuleList have no type
-        needed = {len(tower.layers) - 1, *tower.taken}  # what enters that layer, and the features
-        x = {i: state for i, state in enumerate(tower.hidden_states(pixel_values)) if i in needed}
-        h, attn = last.layer_norm1(x[len(tower.layers) - 1]), last.self_attn
-        q, k = attn.heads(attn.q_proj(h[:, :1])), attn.heads(attn.k_proj(h))  # (B, h, 1, c), (B, h, T, c)
-        attention = ((q * q.shape[-1] ** -0.5) @ k.mT).float().softmax(dim=-1).mean(dim=1)[:, 0, 1:]  # (B, P)
+        features, attention, _ = last_layer(model, pixel_values)
         kept = keep_highest(attention, self.keep)
-        features = torch.cat([x[i][:, 1:] for i in tower.taken], dim=-1)
-        return projector(features.take_along_dim(kept[..., None], dim=1))
+        return model.multi_modal_projector(features[:, 1:].take_along_dim(kept[..., None], dim=1))
 
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         """The class token's query, its scores, and keys once more (the layer makes its own)."""

@@ -24,6 +24,7 @@ from ..config import LlavaConfig
 from ..errors import HimapError
 from ..model import LlavaModel
 from ..pruning import HIMAP, HIMAP_CAPTION, METHODS, LayerView, Score, Stage
+from .peers import DivPrune, Downsample, VisionZip
 from .plan import tokens_per_layer
 from .reducers import AveragePool, ClsAttention, ImageReducer
 from .scores import SCORES, last_to_image, random
@@ -79,11 +80,13 @@ METHODS.update({
     "random": lambda layers: (Stage(2, 0.5, random),),
     "none": lambda layers: (),
 })  # fmt: skip
-REDUCERS: dict[str, Callable[[int], ImageReducer]] = {"cls": ClsAttention, "pool": AveragePool}
+REDUCERS: dict[str, Callable[[int], ImageReducer]] = {
+    "cls": ClsAttention, "pool": AveragePool, "divprune": DivPrune, "visionzip": VisionZip, "down": Downsample,
+}  # fmt: skip
 
 
 def parse_method(text: str, model: LlavaModel) -> Method:
-    """A name of `METHODS`, cls:TOKENS, pool:SIDE, or stages as text.
+    """A name of `METHODS`, one of `REDUCERS` with its number (cls:TOKENS, pool:SIDE, ...), or stages as text.
 
     "himap" is the schedule that the weights recommend for themselves (himap.json), if they do; "random7" is chance with
     seed 7. Raises HimapError that quotes what is at fault.
@@ -119,7 +122,8 @@ def _parse_method(text: str, model: LlavaModel) -> Method:
     if text in METHODS:
         return Method(text, tuple(METHODS[text](model.config.text_config.num_hidden_layers)))
     if ":" not in text:
-        raise HimapError(f"method {text!r} is unknown: expected {', '.join(METHODS)}, cls:TOKENS, pool:SIDE or stages")
+        before = "divprune:TOKENS, visionzip:TOKENS, down:SIDE, cls:TOKENS, pool:SIDE"
+        raise HimapError(f"method {text!r} is unknown: expected {', '.join(METHODS)}, {before} or stages")
     return Method(text, parse_stages(text))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..pruning import LayerView, Score, image_to_image, text_to_image
 
@@ -39,6 +40,28 @@ def image_to_image_relative(view: LayerView) -> Tensor:
     return scores / torch.arange(scores.shape[1], 0, -1, device=scores.device)
 
 
+def dart(view: LayerView, pivots: int = 4) -> Tensor:
+    """DART (arXiv 2502.11494): image tokens unlike a few pivots, which are those of the image and of the text with the
+    largest keys (L1 norm, heads side by side).
+
+    The pivots choose in turn, each the token left that is least like it (cosine); the earlier chosen, the higher. In
+    its code they choose one after the other, each a pivot's share of the count, by the states behind the ranking layer,
+    not before it. Its products count as one row of attention per pivot.
+    """
+    hidden, size = F.normalize(view.hidden.float(), dim=-1), view.k[:, -view.q.shape[1] :].float().abs().sum(dim=(2, 3))
+    text = size[:, view.text].masked_fill(~view.real[:, view.text], -1)
+    image = size[:, view.image].topk(min(pivots, view.image.stop - view.image.start), dim=1).indices
+    words = text.topk(min(pivots, text.shape[1]), dim=1).indices + view.text.start
+    chosen = torch.cat((image + view.image.start, words), dim=1)  # (B, P) rows
+    likeness = hidden.take_along_dim(chosen[..., None], dim=1) @ hidden[:, view.image].mT  # (B, P, N)
+    view.ranking, view.own_ranking = view.ranking + chosen.shape[1], view.own_ranking + chosen.shape[1]
+    scores = torch.zeros_like(likeness[:, 0]).scatter(1, image, float(likeness.shape[2]))
+    for turn in range(likeness.shape[2] - image.shape[1]):
+        mine = likeness[:, turn % chosen.shape[1]].masked_fill(scores > 0, torch.inf)
+        scores.scatter_(1, mine.argmin(dim=1, keepdim=True), float(likeness.shape[2] - 1 - turn))
+    return scores
+
+
 def random(view: LayerView, seed: int = 0) -> Tensor:
     """Chance, the baseline to beat. Every picture draws the same numbers, in a batch as alone; the stages differ."""
     N = view.image.stop - view.image.start
@@ -50,6 +73,6 @@ SCORES: dict[str, Score] = {
     score.__name__: score
     for score in (
         text_to_image, image_to_image, image_to_image_mean, image_to_image_relative, last_to_image, all_to_image,
-        random,
+        dart, random,
     )
 }  # fmt: skip
