@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,11 +64,13 @@ def dart(view: LayerView, pivots: int = 4) -> Tensor:
     return scores
 
 
-def random(view: LayerView, seed: int = 0) -> Tensor:
-    """Chance, the baseline to beat. Every picture draws the same numbers, in a batch as alone; the stages differ."""
-    N = view.image.stop - view.image.start
-    scores = torch.rand(N, generator=torch.Generator().manual_seed((1000 * seed + N) % 2**63), device="cpu")
-    return scores.to(view.k.device).expand(len(view.k), -1)
+def random(view: LayerView, seed: int | Sequence[int] = 0) -> Tensor:
+    """Chance, the baseline to beat. With one seed every prompt draws the same numbers, in a batch as alone; a sequence
+    holds one for each prompt. The stages differ."""
+    N, seeds = view.image.stop - view.image.start, [seed] if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed((1000 * each + N) % 2**63) for each in seeds]
+    draws = [torch.rand(N, generator=generator, device="cpu") for generator in generators]
+    return torch.stack(draws).to(view.k.device).expand(len(view.k), -1)
 
 
 SCORES: dict[str, Score] = {

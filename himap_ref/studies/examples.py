@@ -24,6 +24,7 @@ class Example:
     top5: tuple[int, ...] = ()
     number: int = 1  # among the questions under this id, of which TextVQA has several
     copies: int = 1  # entries of the file that say just this: asked once
+    targets: tuple[int, ...] = ()  # of a scene: the patches that show what must be seen to answer
     problem: str = ""  # why it cannot be asked at all, in the same words for all of a kind
 
     @property
