@@ -17,7 +17,7 @@ from toys import make_tokenizer
 from himap_ref import LLAVA_1_5_7B, HimapError, Llava
 from himap_ref.flops import projector_flops, vision_flops
 from himap_ref.methods.schedules import Method, parse_method
-from himap_ref.studies import bias, disruption, evaluate, flow, precision, sweep
+from himap_ref.studies import bias, disruption, entries, evaluate, flow, precision, sweep
 from himap_ref.studies.asking import ask_each
 from himap_ref.studies.evaluate import Evaluation, answer
 from himap_ref.studies.examples import Example
@@ -145,7 +145,7 @@ def test_without_labels(shapes, tmp_path, labelled):
     assert summary["metrics"] == ({"accuracy": mean(right)} if right else {})
     told = f"(n = {labelled}, 2 more have no label)" if labelled else "no labels for 4 answers"
     assert told in evaluate.table(summary) and (summary["interval"] is None) is (not labelled)
-    line = sweep.line_of(sweep.Entry("", "x", ("x",)), [(summary, rows)], rows)
+    line = sweep.line_of(entries.Entry("", "x", ("x",)), [(summary, rows)], rows)
     assert (line["n"], line["judged"], line["same_answer"]) == (4, labelled, 1.0)
     assert (line["accuracy"], line["lost"]) == ((mean(right), 0) if right else (None, None))
     assert ("no labels" in sweep.table([line])) is (not labelled)
@@ -302,36 +302,37 @@ def shape_only(config):
 
 def test_equal_flops_are_equal(shapes):
     """Methods compared at budgets that they do not have; the encoder's share forgotten for those before the decoder."""
-    entries = sweep.equal_flops(shapes, [*SCENES, COLOR], [0.75, 0.65])
-    labels = {entry.label for entry in entries}
+    found = entries.equal_flops(shapes, [*SCENES, COLOR], [0.75, 0.65])
+    labels = {entry.label for entry in found}
     assert {"HiMAP", "chance on HiMAP's layers", "FastV, last row", "PyramidDrop", "VTW", "CLS attention"} <= labels
-    for entry in entries:
+    for entry in found:
         method, budget = parse_method(entry.methods[0], shapes), 0.75 if "75" in entry.group else 0.65
         got, plain = (
             shapes.generate(SCENES[0].picture(), SCENES[0].question, stages, 1, reducer=reducer).flops
             for stages, reducer in ((method.stages, method.reducer), ((), None))
         )
-        assert abs(got.total / plain.total - budget) < sweep.NEAR + 0.005, entry
-        assert len(entry.methods) == (sweep.SEEDS if "chance" in entry.label else 1)
+        assert abs(got.total / plain.total - budget) < entries.NEAR + 0.005, entry
+        assert len(entry.methods) == (entries.SEEDS if "chance" in entry.label else 1)
 
 
 def test_equal_flops_at_llavas_shape():
     """Budgets made for the small model, at which LLaVA's HiMAP is missing or has its first stage switched off."""
-    entries = sweep.equal_flops(shape_only(LLAVA_1_5_7B), [COLOR], None)
-    himap = [entry for entry in entries if entry.label == "HiMAP"]
-    assert len({entry.group for entry in entries}) == len(himap) == 4
+    found = entries.equal_flops(shape_only(LLAVA_1_5_7B), [COLOR], None)
+    himap = [entry for entry in found if entry.label == "HiMAP"]
+    assert len({entry.group for entry in found}) == len(himap) == 4
     counts = [int(entry.methods[0].split(":")[1]) for entry in himap]
     assert counts == sorted(counts) and abs(counts[1] - 288) <= 3 and counts[-1] < 576
 
 
 def test_what_does_not_fit_is_left_out(tiny_llava, capsys):
     """A shallow model that cannot be swept at all; a line that vanishes without a word."""
-    model, swept = tiny_llava(text={"num_hidden_layers": 6}), sweep.criteria() + sweep.ablations([1, 9], [4], [], [])
-    kept = sweep.fitting(swept, model)
+    model = tiny_llava(text={"num_hidden_layers": 6})
+    swept = entries.criteria() + entries.ablations([1, 9], [4], [], [])
+    kept = entries.fitting(swept, model)
     assert [entry.label for entry in kept] == ["stage 1 alone", "K2 = 4"]
     assert capsys.readouterr().err.count("left out: ") == len(swept) - 2
-    assert sweep.seeded("2:0.5:random,4:3:mine:random_patch")[1] == "2:0.5:random1,4:3:mine:random_patch"
-    assert sweep.seeded("random")[4] == "random4" and sweep.seeded("2:0.5:mine:random") == ("2:0.5:mine:random",)
+    assert entries.seeded("2:0.5:random,4:3:mine:random_patch")[1] == "2:0.5:random1,4:3:mine:random_patch"
+    assert entries.seeded("random")[4] == "random4" and entries.seeded("2:0.5:mine:random") == ("2:0.5:mine:random",)
 
 
 def row(answer, correct, **more):
@@ -345,10 +346,10 @@ def test_line_pairs_questions():
     """Wins and losses exchanged, or questions compared with others' answers."""
     vanilla = {"a": row("1", 1), "b": row("2", 1), "c": row("3", 0), "d": row("4", 0)}
     pruned = {"d": row("4", 0), "c": row("5", 1), "b": row("2", 1), "a": row("9", 0)}
-    line = sweep.line_of(sweep.Entry("", "x", ("x",)), [(SUMMARY, pruned)], vanilla)
+    line = sweep.line_of(entries.Entry("", "x", ("x",)), [(SUMMARY, pruned)], vanilla)
     assert (line["lost"], line["won"], line["same_answer"], line["accuracy"], line["p"]) == (1, 1, 0.5, 0.5, 1.0)
     assert line["spread"] is None and line["interval"] == wilson(2, 4)
-    line = sweep.line_of(sweep.Entry("", "x", ("x", "y")), [(SUMMARY, pruned), (SUMMARY, vanilla)], vanilla)
+    line = sweep.line_of(entries.Entry("", "x", ("x", "y")), [(SUMMARY, pruned), (SUMMARY, vanilla)], vanilla)
     assert (line["lost"], line["won"], line["spread"]) == (0.5, 0.5, (0.5, 0.5))
     assert line["interval"] == bootstrap([0.5, 1, 0.5, 0]), "over questions, not over seeds"
 
@@ -357,10 +358,10 @@ def test_line_leaves_errors_out_on_both_sides():
     """Accuracies over different questions side by side; a crash after everything was computed."""
     vanilla = {"a": row("1", 1, kind="k"), "b": {"error": "long", "kind": "lost"}, "c": row("3", 0), "d": row("4", 0)}
     pruned = {"a": row("1", 1, kind="k"), "b": row("2", 1), "c": {"error": "no picture"}, "d": row("5", 1)}
-    line = sweep.line_of(sweep.Entry("", "x", ("x",)), [(SUMMARY, pruned)], vanilla)
+    line = sweep.line_of(entries.Entry("", "x", ("x",)), [(SUMMARY, pruned)], vanilla)
     assert (line["n"], line["left_out"], line["accuracy"], line["kinds"]) == (2, 2, 1.0, {"k": 1.0})
     with pytest.raises(HimapError, match="no question"):
-        sweep.line_of(sweep.Entry("", "x", ("x",)), [(SUMMARY, {"a": {"error": ""}})], {"a": row("1", 1)})
+        sweep.line_of(entries.Entry("", "x", ("x",)), [(SUMMARY, {"a": {"error": ""}})], {"a": row("1", 1)})
 
 
 def test_position_figures():
@@ -380,5 +381,7 @@ def test_studies_run(tmp_path, module):
     only = ["--methods", "fastv", "random"] if module is sweep else []
     result = run(module, "--scenes", 1, *only, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("|") > 20 and (tmp_path / "out" / "table.json").exists()
+    full = (tmp_path / "out" / "table.md").read_text() if module is sweep else result.stdout
+    assert full.count("|") > 20 and (tmp_path / "out" / "table.json").exists()
+    assert max(map(len, result.stdout.splitlines())) <= 120 or module is bias  # the sweep's fits a terminal
     assert os.path.getsize(tmp_path / "out" / "table.json") > 100

@@ -72,7 +72,7 @@ def test_last_layer(tiny_llava, pixels):
 
 
 def test_dart(embeddings):
-    """Pivots by queries, by L2 norm, of padding or of the system text; the most alike first; a token chosen twice."""
+    """Pivots by queries, by L2 norm, of padding or of the system text; the most alike first; another's place."""
     hidden, positions = embeddings(2, 12, 8, seed=4), torch.arange(12).expand(2, -1).clone()
     k = embeddings(2, 12, 8, seed=5).unflatten(-1, (2, 4))
     k[1, 11] = 100  # padding, whose key is the largest
@@ -81,13 +81,15 @@ def test_dart(embeddings):
     for b, last in ((0, 12), (1, 11)):
         size = [float(k[b, i].abs().sum()) for i in range(12)]
         image, words = (sorted(rows, key=lambda i: -size[i])[:2] for rows in (range(2, 9), range(9, last)))
-        chosen, pivots = [*image], [*image, *words]
-        while len(chosen) < 7:
-            pivot = pivots[(len(chosen) - 2) % 4]
-            left = [i for i in range(2, 9) if i not in chosen]
-            chosen.append(min(left, key=lambda i: cosine(hidden[b, i], hidden[b, pivot])))
+        pivots = [*image, *words]
+        places = {i: [] for i in range(2, 9)}
+        for number, pivot in enumerate(pivots):
+            unlike = sorted(range(2, 9), key=lambda i: cosine(hidden[b, i], hidden[b, pivot]))
+            for place, i in enumerate(unlike):
+                places[i].append((place, number))
+        others = sorted((i for i in places if i not in image), key=lambda i: min(places[i]))
         ranked = scores[b].argsort(descending=True, stable=True) + 2
-        assert {*ranked[:2].tolist()} == {*image} and ranked[2:].tolist() == chosen[2:]
+        assert {*ranked[:2].tolist()} == {*image} and ranked[2:].tolist() == others
 
 
 def test_full_size(tiny_llava, pixels):

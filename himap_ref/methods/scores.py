@@ -46,9 +46,9 @@ def dart(view: LayerView, pivots: int = 4) -> Tensor:
     """DART (arXiv 2502.11494): image tokens unlike a few pivots, which are those of the image and of the text with the
     largest keys (L1 norm, heads side by side).
 
-    The pivots choose in turn, each the token left that is least like it (cosine); the earlier chosen, the higher. In
-    its code they choose one after the other, each a pivot's share of the count, by the states behind the ranking layer,
-    not before it. Its products count as one row of attention per pivot.
+    Each pivot ranks all by how little they are like it (cosine), and a token has the best of its places. In DART's code
+    the pivots choose one after the other, each its part of the count, by the states behind the ranking layer, not
+    before it. Its products count as one row of attention per pivot.
     """
     hidden, size = F.normalize(view.hidden.float(), dim=-1), view.k[:, -view.q.shape[1] :].float().abs().sum(dim=(2, 3))
     text = size[:, view.text].masked_fill(~view.real[:, view.text], -1)
@@ -57,11 +57,9 @@ def dart(view: LayerView, pivots: int = 4) -> Tensor:
     chosen = torch.cat((image + view.image.start, words), dim=1)  # (B, P) rows
     likeness = hidden.take_along_dim(chosen[..., None], dim=1) @ hidden[:, view.image].mT  # (B, P, N)
     view.ranking, view.own_ranking = view.ranking + chosen.shape[1], view.own_ranking + chosen.shape[1]
-    scores = torch.zeros_like(likeness[:, 0]).scatter(1, image, float(likeness.shape[2]))
-    for turn in range(likeness.shape[2] - image.shape[1]):
-        mine = likeness[:, turn % chosen.shape[1]].masked_fill(scores > 0, torch.inf)
-        scores.scatter_(1, mine.argmin(dim=1, keepdim=True), float(likeness.shape[2] - 1 - turn))
-    return scores
+    P = likeness.shape[1]
+    place = likeness.argsort(dim=2, stable=True).argsort(dim=2) * P + torch.arange(P, device=hidden.device)[:, None]
+    return -place.amin(dim=1).float().scatter(1, image, -1.0)
 
 
 def random(view: LayerView, seed: int | Sequence[int] = 0) -> Tensor:

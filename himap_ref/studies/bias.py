@@ -10,7 +10,7 @@ and looks at stage 2's choice among the tokens that entered it:
 first half   share of the kept tokens that come from the first half of those that entered (no bias: 50 %)
 survival     share kept of the first tenth of those that entered, of the second tenth, ...
 
---plot also shows how often each place of the picture is among the kept. Chance: one mask.
+--plot also shows how often each place of the picture is among the kept. Chance draws anew for every question.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from ..commands.manners import run_command
 from ..commands.report import markdown
 from ..errors import HimapError
 from ..methods.schedules import Method, parse_method
+from .entries import Entry
 from .evaluate import Evaluation, add_arguments
 from .metrics import cells
 from .plots import check_picture, figure
-from .sweep import Entry, line_of
+from .sweep import line_of
 
 TENTHS = 10
 SECOND = {  # stage 2's score; stage 1's is HiMAP's throughout

@@ -31,6 +31,7 @@ from ..errors import HimapError
 from ..flops import pass_flops
 from ..methods.schedules import Method, parse_method
 from .asking import record_each
+from .controls import for_questions, renumbered
 from .examples import Example
 from .literature import paper_flops
 from .metrics import METRICS, Metric, interval
@@ -42,12 +43,14 @@ PREFILL = ("vision", "prefill")
 
 def answer(
     model: Llava, examples: Sequence[Example], pictures: Sequence, method: Method, max_new_tokens: int,
-    past: Past | None = None,
+    past: Past | None = None, positions: str = "kept",
 ) -> list[Answer]:  # fmt: skip
-    """Greedy answers. pictures: one each, or None each; past: a prefix, for those with one."""
+    """Greedy answers. pictures: one each, or None each; past: a prefix, for those with one; positions: see controls."""
     past = past if pictures[0] is not None else None  # without <image>, other tokens may stand before the question
-    questions = [example.question for example in examples]
-    answers: Any = model.generate(pictures, questions, method.stages, max_new_tokens, reducer=method.reducer, past=past)
+    questions, stages = [example.question for example in examples], for_questions(method.stages, examples)
+    span = None if pictures[0] is None else model.image_span([model.encode(questions[0])])
+    with renumbered(model.language_model, span or (0, 0), positions if span and stages else "kept"):
+        answers: Any = model.generate(pictures, questions, stages, max_new_tokens, reducer=method.reducer, past=past)
     return answers  # a list, as the questions are one
 
 
@@ -62,6 +65,7 @@ class Evaluation:
     batch: int
     settings: dict  # by which a results file recognises all this
     prefix: Past | None = None  # see `Llava.prefix`
+    positions: str = "kept"  # of the tokens that are left: see `controls.renumbered`
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, needs_picture: bool = False) -> Evaluation:
@@ -80,7 +84,7 @@ class Evaluation:
         """
 
         def ask(examples: list[Example], pictures: list) -> list[dict]:
-            answers = answer(self.model, examples, pictures, method, self.max_new_tokens, self.prefix)
+            answers = answer(self.model, examples, pictures, method, self.max_new_tokens, self.prefix, self.positions)
             steps = max(len(each.token_ids) for each in answers) - 1  # all wait for the longest answer
             rows = [self._row(e, each, len(answers), steps) for e, each in zip(examples, answers, strict=True)]
             for row, each in zip(rows, answers if with_kept else (), strict=False):
@@ -88,6 +92,8 @@ class Evaluation:
             return rows
 
         settings = {**self.settings, **method.settings(), "kept_tokens": with_kept}
+        if self.positions != "kept":
+            settings["positions"] = self.positions
         path = results_path(out, method.name, settings)
         with Records(path, settings) as records:
             rows = record_each(self.examples, records, self.batch, ask, method.name)

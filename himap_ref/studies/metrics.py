@@ -301,6 +301,15 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     return {"agreement": 1 - flips / len(a), "lost": lost, "won": won, "p": _two_sided(min(lost, won), flips)}
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """p of many tests, raised so that each says the chance of any false alarm among them (Holm 1979)."""
+    raised, highest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        highest = max(highest, min(1.0, ps[i] * (len(ps) - rank)))
+        raised[i] = highest
+    return raised
+
+
 def _two_sided(k: int, n: int) -> float:
     """Twice the chance of at most k heads in n throws, in whole numbers: floats underflow beyond 1000 throws."""
     ways = total = 1
