@@ -96,10 +96,8 @@ def main(args: argparse.Namespace) -> None:
 
     result = report.as_json(model.config, answer, {**seconds, **answer.seconds}, vanilla)
     result["revision"] = revision_of(folder)
-    if args.show and method.reducer:
-        print("note: --show draws what the decoder's stages kept, and this method has none", file=sys.stderr)
     if args.show and image:
-        write_whole(args.show, draw_kept(model, image, answer.trace).save)
+        write_whole(args.show, draw_kept(model, image, prompt, answer, method.reducer).save)
     if args.json:
         print(json.dumps(result), flush=True)
     if args.trace:

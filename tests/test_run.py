@@ -87,7 +87,7 @@ def test_show_and_trace(run, tmp_path):
     status, out, err = run("--show", shown, "--trace", "--stages", TWO)
     assert (status, out) == (0, "yellow\n")
     assert "40 image tokens kept by text_to_image" in err and "10 image tokens kept by image_to_image" in err
-    assert Image.open(shown).size == (3 * 336 + 2 * 8, 336 + 18)
+    assert Image.open(shown).width == 3 * (432 + 12) + 12
 
 
 def test_own_score(run, tmp_path, monkeypatch):

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from ..config import LlavaConfig
 from ..errors import HimapError
-from ..flops import projector_flops, vision_flops
+from ..flops import StageTrace, projector_flops, vision_flops
 from ..model import LlavaModel
-from .reducers import check_patches, last_layer
+from .reducers import check_patches, drawn, last_layer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,11 @@ class DivPrune:
 
     def __call__(self, model: LlavaModel, pixel_values: Tensor) -> Tensor:
         self.num_image_tokens(model.config)  # raises what does not suit
-        x = model.embed_image(pixel_values)  # (B, N, d)
+        x = model.embed_image(pixel_values)
+        return x.take_along_dim(self.choose(x).sort(dim=1).values[..., None], dim=1)
+
+    def choose(self, x: Tensor) -> Tensor:
+        """(B, N, d) tokens -> (B, keep) places, in the order in which they are chosen."""
         unit = F.normalize(x.float(), dim=-1)
         distance = 1 - unit @ unit.mT  # (B, N, N)
         distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
@@ -48,7 +52,14 @@ class DivPrune:
             to_it = distance.take_along_dim(farthest[..., None], dim=1)[:, 0]
             nearest = (to_it if not chosen else nearest.minimum(to_it)).scatter(1, farthest, -torch.inf)
             chosen.append(farthest)
-        return x.take_along_dim(torch.cat(chosen, dim=1).sort(dim=1).values[..., None], dim=1)
+        return torch.cat(chosen, dim=1)
+
+    @torch.no_grad()
+    def chosen(self, model: LlavaModel, pixel_values: Tensor) -> StageTrace:
+        """The earlier chosen, the higher the score."""
+        places = self.choose(model.embed_image(pixel_values))[0].cpu()
+        ranks = torch.arange(len(places), 0, -1.0)
+        return drawn("unlike_the_chosen", torch.zeros(model.config.num_image_tokens).scatter(0, places, ranks), self.keep)
 
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         """The projector's with all cosines of pairs."""
@@ -93,6 +104,12 @@ class VisionZip:
         kept = torch.cat((features[:, :1], features.take_along_dim(dominant[..., None], dim=1)), dim=1)
         return model.multi_modal_projector(torch.cat((kept, x[:, is_target] + mean), dim=1))
 
+    @torch.no_grad()
+    def chosen(self, model: LlavaModel, pixel_values: Tensor) -> StageTrace:
+        """The patches kept as they are; the others are in the merged tokens."""
+        attention = last_layer(model, pixel_values)[1][0]
+        return drawn("class_to_image", attention, self.keep - self.merged - 1)
+
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         """With the class token's query and its scores, keys once more, key likeness, and the merging product."""
         d, tokens = config.vision_config.hidden_size, config.vision_config.num_patches + 1
@@ -130,6 +147,9 @@ class Downsample:
         named = {"embeddings.position_embedding.weight": torch.cat((positions[:1], grid.to(weight.dtype)))}
         features = functional_call(model.vision_tower, named, small)
         return model.multi_modal_projector(features)
+
+    def chosen(self, model: LlavaModel, pixel_values: Tensor) -> None:
+        """Every token is of the whole, smaller picture."""
 
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         smaller = self._config(config)

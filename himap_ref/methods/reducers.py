@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..config import LlavaConfig
 from ..errors import HimapError
-from ..flops import projector_flops, vision_flops
+from ..flops import StageTrace, projector_flops, vision_flops
 from ..model import LlavaModel
 from ..pruning import keep_highest
 from ..vision import EncoderLayer
@@ -31,6 +31,12 @@ class ImageReducer(Protocol):
 
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         """Encoder and projector, per picture, as the call runs them."""
+
+    def chosen(self, model: LlavaModel, pixel_values: Tensor) -> StageTrace | None:
+        """Of one picture, to be drawn: which patches make the tokens, by what scores, as if by a stage at layer 0.
+
+        None: all do, averaged over side x side squares.
+        """
 
 
 def check_patches(config: LlavaConfig, method: str) -> int:
@@ -54,6 +60,12 @@ def last_layer(model: LlavaModel, pixel_values: Tensor) -> tuple[Tensor, Tensor,
     return torch.cat([states[i] for i in tower.taken], dim=-1), attention, k.mean(dim=1)
 
 
+def drawn(score: str, scores: Tensor, keep: int) -> StageTrace:
+    """(N,) scores of one picture's tokens and how many of the highest stay, as `ImageReducer.chosen` gives them."""
+    kept = keep_highest(scores[None], keep)[0]
+    return StageTrace(0, score, torch.arange(len(scores)), scores, kept, torch.tensor(1))
+
+
 @dataclass(frozen=True)
 class ClsAttention:
     """Keeps the `keep` patches that the class token attends to most, mean over heads, in the encoder's last used layer.
@@ -74,6 +86,11 @@ class ClsAttention:
         features, attention, _ = last_layer(model, pixel_values)
         kept = keep_highest(attention, self.keep)
         return model.multi_modal_projector(features[:, 1:].take_along_dim(kept[..., None], dim=1))
+
+    @torch.no_grad()
+    def chosen(self, model: LlavaModel, pixel_values: Tensor) -> StageTrace:
+        """Ranked once more, by the same function."""
+        return drawn("class_to_image", last_layer(model, pixel_values)[1][0], self.keep)
 
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         """The class token's query, its scores, and keys once more (the layer makes its own)."""
@@ -105,3 +122,6 @@ class AveragePool:
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         """The model's own: averaging multiplies no matrices."""
         return vision_flops(config), projector_flops(config)
+
+    def chosen(self, model: LlavaModel, pixel_values: Tensor) -> None:
+        """None is left out."""

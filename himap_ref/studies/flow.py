@@ -30,13 +30,14 @@ weights: 297 MiB in bf16 with 2 layers, 307 with 4 (fp32: 350, 371), hence 0.45 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import cast
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from ..assistant import Llava
@@ -44,6 +45,7 @@ from ..cache import causal_mask
 from ..commands.files import check_writable, write_whole
 from ..commands.manners import run_command
 from ..commands.options import add_model_arguments
+from ..commands.picture import enlarge, heat_panel, look, sheet
 from ..decoder import DecoderLayer, LlamaDecoder, rope
 from ..errors import HimapError
 from ..model import find_image_span
@@ -301,7 +303,7 @@ def draw_bars(path: Path, shown: dict[str, list[float]], title: str) -> None:
 
 
 def draw_tokens(model: Llava, example: Example, label: str, definition: str) -> Image.Image:
-    """The picture, then for each layer where image->text, and below where image->image comes from: the redder, the
+    """The picture, then for each layer where image->text, and below where image->image comes from: the brighter, the
     more flows out of that patch; each panel has its own scale, whose sum stands above it."""
     run, groups, target = prepare(model, example, label)
     out_of: dict[str, list[Tensor]] = {"image->text": [], "image->image": []}
@@ -309,36 +311,15 @@ def draw_tokens(model: Llava, example: Example, label: str, definition: str) -> 
         for direction, layers in out_of.items():
             rows = groups[direction.split("->")[1]]
             layers.insert(0, S[DEFINITIONS.index(definition), rows, groups["image"]].sum(dim=0))  # (N,)
-    frame = model.image_processor.frame(example.picture()).resize((PANEL, PANEL), Image.Resampling.NEAREST)
-    sections = [[(example.question.split("\n")[0][:27], frame)]]
+    frame, side = look(model, example.picture()), math.isqrt(model.config.num_image_tokens)
+    frame = enlarge(frame, side, PANEL)
+    sections = [[(example.question.split("\n")[0], frame)]]
     for direction, layers in out_of.items():
         captions = (f"{i}: {direction}  {tokens.sum().item():.1e}" for i, tokens in enumerate(layers))
-        panels = (overlay(model, frame, tokens) for tokens in layers)
-        sections.append(list(zip(captions, panels, strict=True)))
-    return _sheet(sections)
-
-
-def overlay(model: Llava, frame: Image.Image, tokens: Tensor) -> Image.Image:
-    """The picture in grey, each patch tinted by its number of the (N,); the largest is opaque red."""
-    config = model.config
-    grid = config.vision_config.image_size // config.vision_config.patch_size
-    patches = tokens[config.num_image_tokens - grid * grid :]  # without the class token, if that is image token 0
-    shares = (255 * patches / patches.max().clamp(min=1e-30)).round().int().tolist()
-    mask = Image.frombytes("L", (grid, grid), bytes(shares)).resize(frame.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", frame.size, "red"), frame.convert("L").convert("RGB"), mask)
-
-
-def _sheet(sections: list[list[tuple[str, Image.Image]]]) -> Image.Image:
-    """Captioned panels, `PER_ROW` to a row; each section begins a new row."""
-    rows = [section[i : i + PER_ROW] for section in sections for i in range(0, len(section), PER_ROW)]
-    wide, high = PANEL + 8, PANEL + 18
-    sheet = Image.new("RGB", (max(map(len, rows)) * wide - 8, len(rows) * high), "white")
-    pen = ImageDraw.Draw(sheet)
-    for y, row in enumerate(rows):
-        for x, (caption, panel) in enumerate(row):
-            pen.text((x * wide + 2, y * high + 3), caption, fill="black")
-            sheet.paste(panel, (x * wide, y * high + 18))
-    return sheet
+        scores = (dict(enumerate(tokens.tolist(), side**2 - len(tokens))) for tokens in layers)  # class token: -1
+        panels = [*zip(captions, (heat_panel(frame, side, each) for each in scores), strict=True)]
+        sections += [panels[start : start + PER_ROW] for start in range(0, len(panels), PER_ROW)]
+    return sheet(sections, 14)
 
 
 # ---------------------------------------------------------------- running it
