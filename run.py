@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     add("--chat", action="store_true", help="go on asking, line by line, with the pruned cache kept; Ctrl-D ends")
     add("--compare", action="store_true", help="also run without pruning and set both side by side")
     add("--show", metavar="FILE.png", type=Path, help="write the picture with the patches that each stage kept")
+    add("--report", metavar="FILE.html", type=Path, help="write a page with patches, scores and FLOPs by layer")
     add("--trace", action="store_true", help="print tokens and FLOPs layer by layer")
     add("--json", action="store_true", help="print one JSON object instead of the answer")
     return p.parse_args()  # fmt: skip
@@ -52,21 +53,23 @@ def main(args: argparse.Namespace) -> None:
     from himap_ref.assistant.picture import load_image
     from himap_ref.commands import report
     from himap_ref.commands.chat import chat
-    from himap_ref.commands.files import write_whole
+    from himap_ref.commands.files import write_text, write_whole
+    from himap_ref.commands.html_report import draw_report
     from himap_ref.commands.options import is_embedded, load_model, note_roles, revision_of
     from himap_ref.commands.picture import draw_kept, looks_drawn
     from himap_ref.errors import HimapError
     from himap_ref.methods.schedules import Method, parse_method, parse_stages
 
-    if args.chat and (args.compare or args.json or args.reprune or args.show or args.trace):
-        raise HimapError("--chat goes without --compare, --json, --reprune, --show and --trace")
+    if args.chat and (args.compare or args.json or args.reprune or args.show or args.report or args.trace):
+        raise HimapError("--chat goes without --compare, --json, --reprune, --show, --report and --trace")
     alone = (args.image is None) != (args.prompt is None) and not args.chat
     if alone or args.image is None and not is_embedded(args.weights):
         raise HimapError("--image FILE (or none) and --prompt QUESTION: give both, or neither to see the example")
     image, prompt = EXAMPLE if args.image is None and not args.chat else (args.image or EXAMPLE[0], args.prompt)
     image = None if image == "none" else load_image(image)
-    if args.show and (image is None or args.show.suffix.lower() != ".png" or not args.show.absolute().parent.is_dir()):
-        raise HimapError(f"--show {args.show}: needs a picture to draw on, and a .png file in a folder that exists")
+    for name, file, kind in (("--show", args.show, ".png"), ("--report", args.report, ".html")):
+        if file and (image is None or file.suffix.lower() != kind or not file.absolute().parent.is_dir()):
+            raise HimapError(f"{name} {file}: needs a picture to draw on, and a {kind} file in a folder that exists")
 
     start = time.perf_counter()
     model, folder = load_model(args)
@@ -98,6 +101,8 @@ def main(args: argparse.Namespace) -> None:
     result["revision"] = revision_of(folder)
     if args.show and image:
         write_whole(args.show, draw_kept(model, image, prompt, answer, method.reducer).save)
+    if args.report and image:
+        write_text(args.report, draw_report(model, image, prompt, answer, vanilla or ask(), method.reducer))
     if args.json:
         print(json.dumps(result), flush=True)
     if args.trace:

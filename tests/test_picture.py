@@ -1,5 +1,7 @@
 """What is drawn of an answer: the right patches, dark or bright, and words that fit."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from PIL import Image, ImageStat
 
 from himap_ref import HimapError
+from himap_ref.commands.html_report import draw_report
 from himap_ref.commands.picture import draw_kept, follow, font_for, heat_panel, kept_panel, wrap
 from himap_ref.methods.schedules import parse_method
 from himap_ref.studies import flow
@@ -126,6 +129,19 @@ def test_words_fit():
     lines = wrap("one two three\n" + "x" * 60, font, 100, 99)
     assert all(font.getlength(line) <= 100 for line in lines) and "".join(lines) == "one twothree" + "x" * 60
     assert wrap("one two three four five", font, 100, 2) == ["one two", "three f..."] and wrap("", font, 100, 2) == []
+
+
+def test_report_is_one_inert_file(shapes, scene_picture, asked):
+    """A question that ends the script it stands in; anything that a browser would fetch."""
+    question = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & $DATA"
+    answer, _, tokens = asked("himap", question)
+    page = draw_report(shapes, scene_picture, question, answer, answer)
+    assert page.count("<script") == page.count("</script>") == 2 and "<img" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:)|https?://|url\(|@import', page.replace("data:image", ""))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert (data["question"], data["all"]) == (question, tokens.all)
+    assert [choice["kept"] for choice in data["choices"]] == [choice.kept for choice in tokens.choices]
+    assert sum(layer["flops"] for layer in data["layers"]) == answer.flops.prefill - 2 * 128 * 460  # lm_head
 
 
 def test_text_only(shapes, scene_picture):

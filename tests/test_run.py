@@ -83,11 +83,12 @@ def test_methods(run):
 
 def test_show_and_trace(run, tmp_path):
     """A picture whose panels do not show what was kept; a table that lacks a stage."""
-    shown = tmp_path / "kept.png"
-    status, out, err = run("--show", shown, "--trace", "--stages", TWO)
+    shown, report = tmp_path / "kept.png", tmp_path / "report.html"
+    status, out, err = run("--show", shown, "--report", report, "--trace", "--stages", TWO)
     assert (status, out) == (0, "yellow\n")
     assert "40 image tokens kept by text_to_image" in err and "10 image tokens kept by image_to_image" in err
     assert Image.open(shown).width == 3 * (432 + 12) + 12
+    assert '"answer": "yellow", "vanilla": "yellow"' in report.read_text()
 
 
 def test_own_score(run, tmp_path, monkeypatch):
@@ -204,7 +205,7 @@ def test_closed_pipe(args, without_output, without_errors, closed):
     assert done.returncode == 2 or closed == "stdout" or b"yellow" in done.stdout or {*args} & {"--chat", "--help"}
 
 
-@pytest.mark.parametrize("other", ["--json", "--compare", "--reprune", "--trace"])
+@pytest.mark.parametrize("other", ["--json", "--compare", "--reprune", "--trace", "--report=x.html"])
 def test_chat_goes_alone(run, other):
     """An option that is passed over."""
     status, out, err = run("--chat", other)
@@ -227,6 +228,8 @@ def test_chat_goes_alone(run, other):
         (["--device", "cuda:99"], "device 'cuda:99'"),
         (["--show", "no/such/folder/x.png"], "--show"),
         (["--show", "x.zzz"], "--show"),
+        (["--report", "x.htm"], "--report"),
+        (["--report", "x.html", "--image", "none", "--prompt", "hello"], "--report"),
     ],
 )
 def test_errors(run, args, message):

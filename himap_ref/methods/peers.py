@@ -58,8 +58,8 @@ class DivPrune:
     def chosen(self, model: LlavaModel, pixel_values: Tensor) -> StageTrace:
         """The earlier chosen, the higher the score."""
         places = self.choose(model.embed_image(pixel_values))[0].cpu()
-        ranks = torch.arange(len(places), 0, -1.0)
-        return drawn("unlike_the_chosen", torch.zeros(model.config.num_image_tokens).scatter(0, places, ranks), self.keep)
+        scores = torch.zeros(model.config.num_image_tokens).scatter(0, places, torch.arange(len(places), 0, -1.0))
+        return drawn("unlike_the_chosen", scores, self.keep)
 
     def flops(self, config: LlavaConfig) -> tuple[int, int]:
         """The projector's with all cosines of pairs."""
