@@ -1,4 +1,4 @@
-"""Imports run one way: reading path <- door, methods and kernels <- assistant <- commands <- studies and run.py."""
+"""Imports run one way: reading path <- door, methods and kernels <- assistant <- commands <- studies, demo, run.py."""
 
 import ast
 from pathlib import Path
@@ -10,6 +10,7 @@ MAY = {  # room: the rooms that it may import from, beside itself
     "": set(), "checkpoint": {""}, "methods": {""}, "kernels": {""},
     "assistant": {"", "checkpoint", "methods", "kernels"}, "commands": {"", "checkpoint", "methods", "assistant"},
     "studies": {"", "checkpoint", "methods", "kernels", "assistant", "commands"},
+    "demo": {"", "methods", "assistant", "commands"},
 }  # fmt: skip
 FILES = sorted(path.relative_to(ROOT / "himap_ref") for path in (ROOT / "himap_ref").rglob("*.py"))
 

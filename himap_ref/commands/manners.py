@@ -8,6 +8,16 @@ from collections.abc import Callable
 from ..errors import HimapError
 
 
+def told(error: Exception) -> str | None:
+    """What the user is told of it; None for a bug of ours."""
+    if isinstance(error, HimapError | OSError):
+        return str(error)
+    signs = ("MemoryError", "out of memory", "can't allocate memory")
+    if isinstance(error, MemoryError | RuntimeError) and any(sign in repr(error) for sign in signs):
+        return "out of memory: fewer questions at a time, --dtype bfloat16 or a smaller model need less"
+    return None
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command-line tool: bad input, a full disk or memory end it with one line and status 2, Ctrl-C with 130,
     a reader that has gone away without a word and with 141."""
@@ -27,12 +37,9 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `| head` has read enough: what the shell says of any program that this ends
         sys.stdout = sys.stderr = None
         sys.exit(141)
-    except (HimapError, OSError) as error:
-        reason = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not any(sign in repr(error) for sign in ("MemoryError", "out of memory", "can't allocate memory")):
-            raise  # a bug of ours
-        reason = "out of memory: fewer questions at a time, --dtype bfloat16 or a smaller model need less"
+    except Exception as error:
+        if (reason := told(error)) is None:
+            raise
     try:
         print(f"error: {HimapError(reason)}", file=sys.stderr)
         sys.stdout.flush()

@@ -159,7 +159,7 @@ def _find_score(name: str, trusted: bool) -> Score | None:
 
 
 def _own_score(name: str) -> Score:
-    """module:function, as the user typed it; whatever goes wrong in it is told in one line, with its place."""
+    """module:function, as the user typed it."""
     module, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # not before: libraries try imports that would be found there, too
         sys.path.append(here)
@@ -167,8 +167,11 @@ def _own_score(name: str) -> Score:
         score = getattr(importlib.import_module(module), function)
     except Exception as error:
         raise HimapError(f"score {name!r} cannot be imported ({type(error).__name__}: {error})") from error
-    if not callable(score):
-        return score  # `Stage` says what it is
+    return tell_errors(name, score) if callable(score) else score  # `Stage` says what it is
+
+
+def tell_errors(name: str, score: Score) -> Score:
+    """Somebody's own score; whatever goes wrong in it is told in one line, with its place."""
 
     @wraps(score)
     def told(view: LayerView) -> Tensor:
