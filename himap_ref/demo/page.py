@@ -13,11 +13,11 @@ from typing import Any
 import gradio as gr
 
 from ..assistant import Llava
+from ..assistant.picture import load_image
 from ..commands.html_report import draw_report
 from ..commands.manners import told
 from ..commands.picture import looks_drawn
 from ..errors import HimapError
-from ..image import load_image
 from ..methods.schedules import METHODS, Method, parse_method, tell_errors
 from ..methods.scores import SCORES
 from ..pruning import Score, Stage
