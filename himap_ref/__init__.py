@@ -1,5 +1,9 @@
 """HiMAP in a self-contained PyTorch LLaVA. Start with `decoder.py`: the pruning stands in its layer loop."""
 
+import warnings
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so; we need none
+
 from .assistant import Answer, Llava, Past
 from .config import LLAVA_1_5_7B, LLAVA_1_5_13B, LlavaConfig, TextConfig, VisionConfig
 from .decoder import LlamaDecoder

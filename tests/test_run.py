@@ -15,6 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 MISTRAL = "{{ '[INST] ' + m[0]['content'] + ' [/INST]' }}{% if x %}{{ m[1]['content'] + '</s>' }}{% endif %}"
+EXAMPLE = ROOT / "weights" / "shapes" / "example.png"
 TWO = "2:40:text_to_image,8:0.25:image_to_image"
 
 
@@ -97,6 +98,16 @@ def test_own_score(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = json.loads(run("--json", "--stages", "3:5:mine:first")[1])
     assert data["stages"] == [{"layer": 3, "score": "first", "kept": [0, 1, 2, 3, 4]}]
+
+
+@pytest.mark.parametrize("given", [("--prompt", "How many objects are there?"), ("--image", EXAMPLE), ()], ids=len)
+def test_what_is_left_out(run, given):
+    """An example's picture or question that stands in for another one than was left out; a word of neither."""
+    status, out, err = run(*given)
+    assert status == 0 and out.strip() == ("4" if "--prompt" in given else "yellow")
+    said = "How many objects are there?" if "--prompt" in given else "What color is the star?"
+    assert f"question  {said}" in err and "picture   " in err and "example.png" in err and "weights   " in err
+    assert "method    himap: 81 image tokens; from layer 4 on 41, by text_to_image; from layer 8 on 21, by " in err
 
 
 def test_text_only(run):
@@ -187,8 +198,8 @@ def test_note_of_the_chat_template(run, tmp_path, name, jinja, template):
 
 
 @pytest.mark.parametrize("args, without_output, without_errors", [  # exit statuses
-    (["run.py"], 141, 141), (["run.py", "--json"], 141, 141), (["run.py", "--trace", "--compare"], 141, 141),
-    (["run.py", "--chat", "--prompt", "Why?"], 141, 141), (["run.py", "--help"], 141, 0),
+    (["run.py"], 141, 0), (["run.py", "--json"], 141, 0), (["run.py", "--trace", "--compare"], 141, 0),
+    (["run.py", "--chat", "--prompt", "Why?"], 141, 0), (["run.py", "--help"], 141, 0),
     (["run.py", "--stages", "x"], 2, 2), (["-m", "himap_ref.studies.bias", "--help"], 141, 0),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
@@ -216,7 +227,7 @@ def test_chat_goes_alone(run, other):
     "args, message",
     [
         (["--image", "no_such.png", "--prompt", "x"], "no_such.png"),
-        (["--prompt", "x"], "--image"),
+        (["--weights", "some/model", "--image", "none"], "--prompt QUESTION is missing"),
         (["--weights", "no/such/folder"], "--image"),
         (["--weights", "nowhere", "--image", "none", "--prompt", "x"], "nowhere"),
         (["--stages", "2:0.5"], "LAYER:KEEP:SCORE"),

@@ -48,7 +48,7 @@ def _download(name: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except Exception as error:  # the hub's own errors, those of the HTTP library of its version, OSError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HimapError(f"weights {name!r}: no such folder here, nor can the hub's be downloaded ({reason})") from None

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..assistant import Answer, Llava
 from ..errors import HimapError
+from .manners import tell
 from .options import note_roles
 from .report import amount
 
@@ -43,18 +44,18 @@ def chat(model: Llava, ask: Callable[..., Any], ask_first: Callable[..., Any], f
             if past is None:
                 raise
             if len(model.encode(question, past=past)) > context >= len(model.encode(question)):
-                print(full, file=sys.stderr)
+                tell(full)
                 return
-            print(f"note: {error}", file=sys.stderr)  # the conversation is as it was before
+            tell(f"note: {error}")  # the conversation is as it was before
             continue
         print(flush=True)
         past, turn = answer.past, turn + 1
-        print(told(turn, answer), file=sys.stderr)
+        tell(told(turn, answer))
         if answer.finish == "context":
-            print(full, file=sys.stderr)
+            tell(full)
             return
         if answer.finish == "length":
-            print("note: the answer stops at --max-new-tokens", file=sys.stderr)
+            tell("note: the answer stops at --max-new-tokens")
 
 
 def told(turn: int, answer: Answer) -> str:

@@ -8,6 +8,14 @@ from collections.abc import Callable
 from ..errors import HimapError
 
 
+def tell(*lines: str) -> None:
+    """Lines for standard error. A reader of it that has gone away costs no answer."""
+    try:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+
 def told(error: Exception) -> str | None:
     """What the user is told of it; None for a bug of ours."""
     if isinstance(error, HimapError | OSError):

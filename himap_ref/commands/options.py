@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ..assistant import Llava
 from ..assistant.chat_template import read_template
 from ..checkpoint.files import find_device, find_folder
 from ..prompt import TEMPLATES, split
+from .manners import tell
 
 EMBEDDED = Path(__file__).parents[2] / "weights" / "shapes"
 
@@ -23,12 +23,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default=EMBEDDED, help="folder, hub id, llava-1.5-7b, llava-1.5-13b; "
                         "default: the embedded model")  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    parser.add_argument("--device", default=best_device(), help="cuda, cuda:1, mps, cpu; default here: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="default: float32, bfloat16 for other --weights")  # fmt: skip
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
     parser.add_argument("--template", help=f"{', '.join(TEMPLATES)}, or text with <image> and {{question}}; default: "
                         "the model's")  # fmt: skip
+
+
+def best_device() -> str:
+    """What there is to compute on."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def is_embedded(weights: str | Path) -> bool:
@@ -51,8 +56,8 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, Path]:
         model.template = template
     elif "template" not in model.settings and read_template(folder) == (None, True):
         names = ", ".join(TEMPLATES)
-        print(f"note: the chat template in {folder} is of no known family; used is vicuna_v1, unless --template names "
-              f"another ({names}) or is a text with <image> and {{question}}", file=sys.stderr)  # fmt: skip
+        tell(f"note: the chat template in {folder} is of no known family; used is vicuna_v1, unless --template names "
+             f"another ({names}) or is a text with <image> and {{question}}")  # fmt: skip
     return model, folder
 
 
@@ -61,8 +66,8 @@ def note_roles(model: Llava, question: str) -> None:
     text = " ".join((*TEMPLATES.values(), model.template))
     signs = dict.fromkeys(re.findall(r"<\|.*?\|>|\[/?[A-Z]+\]|\b[A-Z]+:|<image>", text))
     if found := [sign for sign in signs if sign.lower() in question.lower()]:
-        print(f"note: the question holds {', '.join(found)} and is asked so, but the template puts the like around it: "
-              "better give the question alone", file=sys.stderr)  # fmt: skip
+        tell(f"note: the question holds {', '.join(found)} and is asked so, but the template puts the like around it: "
+             "better give the question alone")  # fmt: skip
 
 
 def revision_of(folder: Path) -> str | None:
