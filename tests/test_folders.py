@@ -332,6 +332,25 @@ def test_rope_by_hand():
     torch.testing.assert_close(angles(rope_scaling=LLAMA3), mixed)
 
 
+LINEAR, CONTEXT = {"type": "linear", "factor": 2}, "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize("text, expected", [  # type, factor, theta, first context
+    ({"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0}}, ("linear", 2, 1e4, 8192)),
+    ({"rope_scaling": {**LINEAR, "type": "yarn", "rope_type": "linear"}}, ("linear", 2, 1e4, 8192)),
+    ({"rope_scaling": {**LINEAR, "rope_theta": 5.0}, "rope_theta": 6.0}, ("linear", 2, 5.0, 8192)),
+    ({"rope_scaling": LLAMA3, "max_position_embeddings": 999}, ("llama3", 8.0, 1e4, 128)),
+    ({"rope_scaling": LLAMA3, CONTEXT: 77}, ("llama3", 8.0, 1e4, 77)),
+    ({"rope_scaling": {name: v for name, v in LLAMA3.items() if name != CONTEXT}, "max_position_embeddings": 999},
+     ("llama3", 8.0, 1e4, 999)),
+    ({"rope_scaling": {"type": "dynamic", "factor": 1.0}}, ("default", 1.0, 1e4, 8192)),
+])  # fmt: skip
+def test_where_rope_is_described(text, expected):
+    """One of several places overlooked, or the one that transformers reads second taken first."""
+    config = read_config(changed(text_config=text)).text_config
+    assert (config.rope_type, config.factor, config.rope_theta, config.original_max_position_embeddings) == expected
+
+
 @pytest.mark.parametrize("settings, words", [
     ({"type": "dynamic", "factor": 2.0}, "'dynamic'"), ({"rope_type": "yarn", "factor": 4.0}, "'yarn'"),
     ({"rope_type": "longrope", "factor": 1.0}, "'longrope'"), ({"rope_type": "yarn"}, "'yarn'"),
