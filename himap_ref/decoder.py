@@ -119,7 +119,7 @@ class LlamaDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) after the final norm -> (..., vocab)."""
-        return F.linear(hidden, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight)
+        return F.linear(hidden, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(hidden)
 
     def forward(
         self, inputs_embeds: Tensor, image_span: tuple[int, int] | None = None, stages: Stages = (),
