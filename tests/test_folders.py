@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -384,6 +385,8 @@ def test_layers_that_are_none(layers):
     """A traceback, or the last layer for one that is not there."""
     with pytest.raises(HimapError, match="vision_feature_layer"):
         read_config(changed(vision_feature_layer=layers))
+    with pytest.raises(HimapError, match="vision_feature_layer"):  # from Python
+        replace(read_config(TINY_CONFIG), vision_feature_layer=())
 
 
 def without(*parts):
