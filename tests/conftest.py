@@ -1,7 +1,9 @@
-"""Shared fixtures: the golden data of the official code, and small random models."""
+"""Shared fixtures: the golden data of the official code, small random models, and commands."""
 
 import json
 import os
+import runpy
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from safetensors.torch import load_file
 from himap_ref import LlamaDecoder, Llava, LlavaConfig, TextConfig, VisionConfig
 from himap_ref.studies.scenes import UNSEEN, draw, make_scene
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def fill(module, seed=0):
@@ -71,7 +74,7 @@ def embeddings():
 @pytest.fixture(scope="session")
 def shapes():
     """The embedded model."""
-    return Llava.from_pretrained(Path(__file__).parents[1] / "weights" / "shapes")
+    return Llava.from_pretrained(ROOT / "weights" / "shapes")
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +92,26 @@ def official():
     weights = load_file(GOLDEN / "model.safetensors")
     decoder.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
     return decoder.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A command's function and its words -> (exit status, standard output, standard error)."""
+
+    def call(main, *words):
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run(command):
+    """Arguments of run.py -> the same."""
+    return lambda *args: command(lambda: runpy.run_path(str(ROOT / "run.py"), run_name="__main__"), "run.py", *args)

@@ -1,117 +1,115 @@
-"""Damaged files: a share of the cases of `himap_ref.studies.fuzz`, and every case that has ever failed."""
+"""Damaged files: a share of fuzz.py's cases, every case that has ever failed, and whether the fuzzer would see a fault.
 
+500 cases are among the default tests. 20,000, others with another seed:
+
+    HIMAP_CASES=20000 HIMAP_SEED=0 python -m pytest tests/test_fuzz.py -k cases
+"""
+
+import base64
 import json
 import os
 import pickle
 import tempfile
 import time
-import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
+import fuzz
+import hypothesis
 import pytest
-import torch
+from fuzz import FILES, INDEX, QUESTIONS, Worker, Workspace, damaged
+from hypothesis import HealthCheck, Phase
+from toys import join_safetensors, split_safetensors
 
 from himap_ref import HimapError, Llava
-from himap_ref.checkpoint import config
 from himap_ref.checkpoint.config import build
 from himap_ref.methods import schedules
-from himap_ref.studies import fuzz, question_files
-from himap_ref.studies.fuzz import FILES, Workspace, attempt, case, join_safetensors, split_safetensors, unpack
+from himap_ref.studies.precision import threads
 from himap_ref.studies.question_files import parse_questions
 
-ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's accounting")
-KEPT = [json.loads(line) for line in (ROOT / "tests/fuzz_cases.jsonl").read_text().splitlines()]
+CASES, SEED = int(os.environ.get("HIMAP_CASES", 500)), int(os.environ.get("HIMAP_SEED", 0))
+KEPT = [json.loads(line) for line in Path(__file__).with_name("fuzz_cases.jsonl").read_text().splitlines()]
+GOOD = ("fine", "refused")
+WEIGHTS = "model/model.safetensors"
+QUERIES = [f"language_model.model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's accounting"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are tiny: on a busy machine threads wait for each other, ten times as long
-    yield Workspace(tmp_path_factory.mktemp("fuzz") / "files")
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield Workspace(tmp_path_factory.mktemp("fuzz") / "files")
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    return Worker(lambda: tmp_path_factory.mktemp("worker"))
+
+
+def each_case(workspace, seed, cases, test, *phases):
+    """Calls test(file, contents) so often, in runs of ten: after ten hypothesis begins to copy parts of a case over
+    each other, which makes most cases heavily damaged and many the same."""
+    settings = hypothesis.settings(
+        max_examples=10, phases=(Phase.generate, *phases), database=None, deadline=None,
+        suppress_health_check=list(HealthCheck), verbosity=hypothesis.Verbosity.quiet,
+    )  # fmt: skip
+    ten = settings(hypothesis.given(damaged(workspace))(lambda case: test(*case)))
+    for number in range(cases // 10):
+        hypothesis.seed(10**6 * seed + number)(ten)()
 
 
 def test_whole_files_are_fine(workspace):
     """Every case refused for what is wrong with the file that it is made of."""
-    outcomes = {name: attempt(workspace, name, (workspace.root / name).read_bytes()) for name in FILES}
+    outcomes = {name: workspace.attempt(name, workspace.whole[name]) for name in FILES}
     assert outcomes == dict.fromkeys(FILES, "fine") | {"original/config.json": "refused"}
 
 
-def test_500_cases(workspace):
-    """A traceback, a hang, gigabytes, or a tensor that is not what the file says."""
+def test_cases(workspace, worker):
+    """A traceback, a hang, gigabytes, or a tensor that is not what the file says. Shown is the smallest of its kind."""
     outcomes = Counter()
-    for number in range(500):
-        name, data = case(workspace, 0, number)
-        outcome = attempt(workspace, name, data)
-        assert outcome in ("fine", "refused"), f"case {number}: {name}: {outcome}"
+
+    def test(file, data):
+        outcome = worker.attempt(file, data)
         outcomes[outcome] += 1
-    assert min(outcomes.values()) > 50  # damage that is never, or always, found tests nothing
+        if outcome not in GOOD:
+            kept = base64.b85encode(zlib.compress(data, 9)).decode()
+            line = json.dumps({"file": file, "was": outcome[:120], "data": kept})
+            raise AssertionError(f"case {outcomes.total()}; for fuzz_cases.jsonl:\n{line}")
+
+    each_case(workspace, SEED, CASES, test, Phase.shrink)
+    assert set(outcomes) == set(GOOD) and min(outcomes.values()) > CASES / 10  # damage never, or always, found is none
 
 
 @pytest.mark.parametrize("kept", KEPT, ids=[f"{kept['file']}-{kept['was']:.40}" for kept in KEPT])
-def test_kept_case(workspace, kept):
+def test_kept_case(worker, kept):
     """What has gone wrong once."""
-    assert attempt(workspace, kept["file"], unpack(kept["data"])) in ("fine", "refused")
+    assert worker.attempt(kept["file"], zlib.decompress(base64.b85decode(kept["data"]))) in GOOD
 
 
 # ---------------------------------------------------------------- the fuzzer itself
 
 
-def test_a_case_follows_from_its_number(workspace):
-    """A failure that nobody can see again."""
-    assert case(workspace, 3, 14) == case(workspace, 3, 14) != case(workspace, 4, 14)
-    files = Counter(case(workspace, 0, number)[0] for number in range(300))
-    assert set(files) == set(FILES)
-
-
-WEIGHTS = "model/model.safetensors"
-
-
-def swapped(tensors):
-    names = [name for name in tensors if name.endswith("q_proj.weight") and "language" in name]
-    tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
-
-
-def doubled(tensors):
-    names = [name for name in tensors if name.endswith("q_proj.weight") and "language" in name]
-    tensors[names[0]] = tensors[names[1]]
-
-
-def rounded(tensors):
-    tensors["language_model.norm.weight"] = tensors["language_model.norm.weight"] + 1e-7
-
-
-@pytest.mark.parametrize("fault", [swapped, doubled, rounded])
-def test_unfaithful_loading_is_noticed(workspace, monkeypatch, fault):
-    """A loader that confuses tensors, and a fuzzer that calls it fine."""
-    load = Llava.load_state_dict
-
-    def load_state_dict(self, tensors, **options):
-        fault(tensors)
-        return load(self, tensors, **options)
-
-    monkeypatch.setattr(Llava, "load_state_dict", load_state_dict)
-    outcome = attempt(workspace, WEIGHTS, (workspace.root / WEIGHTS).read_bytes())
-    assert outcome.startswith("Wrong: ") and "is not what model.safetensors holds" in outcome
+def test_cases_follow_from_the_seed(workspace):
+    """A failure that nobody can see again; a file that is never damaged."""
+    runs = [[], [], []]
+    for drawn, seed in zip(runs, (3, 3, 4), strict=True):
+        each_case(workspace, seed, 200, lambda *case, drawn=drawn: drawn.append(case))
+    assert runs[0] == runs[1] != runs[2]
+    assert {file for drawn in runs for file, _ in drawn} == set(FILES)
 
 
 def test_a_header_that_names_other_places_is_read_as_it_says(workspace):
     """Two tensors of one shape exchanged by the header: another file, read as such. An overlap is refused."""
-    header, body = split_safetensors((workspace.root / WEIGHTS).read_bytes())
-    first, second = (f"model.language_model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+    header, body = split_safetensors(workspace.whole[WEIGHTS])
+    first, second = QUERIES
     header[first], header[second] = header[second], header[first]
-    assert attempt(workspace, WEIGHTS, join_safetensors(header, body)) == "fine"
+    assert workspace.attempt(WEIGHTS, join_safetensors(header, body)) == "fine"
     header[first] = header[second]
-    assert attempt(workspace, WEIGHTS, join_safetensors(header, body)) == "refused"
+    assert workspace.attempt(WEIGHTS, join_safetensors(header, body)) == "refused"
 
 
 def reads_elsewhere():
@@ -126,30 +124,6 @@ def writes_elsewhere():
     path.unlink()
 
 
-def starts_a_program():
-    os.system("true")
-
-
-def unpickles():
-    pickle.loads(b"cos\ngetcwd\n(tR.")
-
-
-def hang():
-    time.sleep(9)
-
-
-def hang_in_a_library():
-    """Whose wrapper takes every exception, the alarm's, too."""
-    try:
-        time.sleep(9)
-    except BaseException as error:
-        raise HimapError("broken file") from error
-
-
-def hold():
-    return b"x" * (300 * 2**20)
-
-
 def swallow():
     try:
         raise MemoryError
@@ -158,75 +132,71 @@ def swallow():
 
 
 @pytest.mark.parametrize("fault, outcome", [
-    (hang, "Hang: "), (hang_in_a_library, "Wrong: took"), (hold, "Wrong: took"), (swallow, "Wrong: HimapError"),
-    ({}.popitem, "KeyError: "), (reads_elsewhere, "Wrong: reached open '/etc/hostname'"),
-    (writes_elsewhere, "Wrong: reached open "), (starts_a_program, "Wrong: reached os.system"),
-    (unpickles, "Wrong: reached pickle.find_class 'os'"),
+    (lambda: b"x" * (300 * 2**20), "took 30"), (swallow, "Wrong: HimapError"), ({}.popitem, "KeyError: "),
+    (reads_elsewhere, "reached open '/etc/hostname'"), (writes_elsewhere, "reached open "),
+    (lambda: os.system("true"), "reached os.system"),
+    (lambda: pickle.loads(b"cos\ngetcwd\n(tR."), "reached pickle.find_class 'os'"),
 ])  # fmt: skip
 def test_faults_are_noticed(workspace, monkeypatch, fault, outcome):
     """A fuzzer that finds nothing because it looks away."""
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
     monkeypatch.setattr(fuzz, "BYTES", 200 * 2**20)
     monkeypatch.setattr(Workspace, "_use", lambda *_: fault())
-    assert attempt(workspace, "questions.json", b"").startswith(outcome)
+    assert workspace.attempt("questions.json", b"").startswith(outcome)
 
 
-def test_lost_guards_are_noticed(workspace, monkeypatch):
-    """A picture, a shard or a function from elsewhere, whose use ends in one of our errors as if it were refused."""
-    elsewhere = json.dumps([fuzz.QUESTIONS[1] | {"image": "/etc/hostname"}]).encode()
-    assert attempt(workspace, "questions.json", elsewhere) == "refused"
-    monkeypatch.setattr(question_files, "_inside", lambda folder, name: folder / name)
-    assert attempt(workspace, "questions.json", elsewhere).startswith("Wrong: reached open '/etc/hostname'")
-
-    index = json.dumps({"weight_map": {"a": "../model/model.safetensors"}}).encode()
-    assert attempt(workspace, f"sharded/{fuzz.INDEX}", index) == "refused"
-    monkeypatch.setattr(fuzz, "tensor_files", lambda folder: [folder / "../model/model.safetensors"])
-    assert attempt(workspace, f"sharded/{fuzz.INDEX}", index) == "Wrong: a shard in another folder"
-    monkeypatch.undo()
-
-    function = json.dumps({"stages": "1:2:os:getcwd"}).encode()
-    assert attempt(workspace, "model/himap.json", function) == "refused"
-    monkeypatch.setattr(schedules, "_find_score", lambda name, trusted: schedules._own_score(name))
-    assert attempt(workspace, "model/himap.json", function) == "Wrong: a score that is not one of ours"
-
-
-def test_misread_files_are_noticed(workspace, monkeypatch):
-    """A configuration of which a field is passed over, questions of which one is lost: fine, as far as anybody sees."""
-
-    def all_but_eps(cls, data):
-        return build(cls, {name: value for name, value in data.items() if "eps" not in name})
-
-    monkeypatch.setattr(config, "build", all_but_eps)
-    outcome = attempt(workspace, "model/config.json", (workspace.root / "model/config.json").read_bytes())
-    assert outcome == "Wrong: rms_norm_eps is 1e-06, the file says 1e-05"
-    monkeypatch.undo()
-    monkeypatch.setattr(config, "build", lambda cls, data: build(cls, data | {"image_std": (1.0, 1.0, 1.0)}))
-    for name in ("model/preprocessor_config.json", "newer/processor_config.json"):
-        outcome = attempt(workspace, name, (workspace.root / name).read_bytes())
-        assert outcome == "Wrong: image_std is (1.0, 1.0, 1.0), the file says (0.5, 0.5, 0.5)"
-    monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[:2])
-    outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
-    assert outcome == "Wrong: 2 of 6 entries are there"
-    monkeypatch.setattr(fuzz, "parse_questions", lambda *args: parse_questions(*args)[::-1])
-    outcome = attempt(workspace, "questions.jsonl", (workspace.root / "questions.jsonl").read_bytes())
-    assert outcome == "Wrong: entry '3' is not what the file holds"
-
-
-def test_command_survives_a_worker(monkeypatch, capsys):
+@pytest.mark.parametrize("fault", [lambda: os._exit(3), lambda: time.sleep(99)], ids=["dies", "hangs"])
+def test_a_process_that_dies(monkeypatch, tmp_path_factory, fault):
     """A case that takes its process down, and with it the rest of the run."""
-    context = fuzz.multiprocessing.get_context
-    monkeypatch.setattr(fuzz.multiprocessing, "get_context", lambda _: context("fork"))
-    use = Workspace.use
-    names = []
+    monkeypatch.setattr(fuzz, "SECONDS", 2)
+    monkeypatch.setattr(Workspace, "_use", lambda _, path: fault() if path.suffix == ".jsonl" else None)
+    worker = Worker(lambda: tmp_path_factory.mktemp("worker"), "fork")
+    outcomes = [worker.attempt(name, b"") for name in ("questions.json", "questions.jsonl", "questions.json")]
+    assert outcomes == ["fine", "the process died, or was ended after 2 s", "fine"]
 
-    def dies(self, name, data):
-        names.append(name)
-        if len(names) == 2:
-            os._exit(3)
-        return use(self, name, data)
 
-    monkeypatch.setattr(Workspace, "use", dies)
-    outcomes = sorted(fuzz.run(seed=0, cases=3, jobs=1))
-    assert [number for number, _, _ in outcomes] == [0, 1, 2]
-    assert [outcome in ("fine", "refused") for _, _, outcome in outcomes] == [True, False, True]
-    assert outcomes[1][2] == "the process ended with 3"
+def loading(change):
+    """A `load_state_dict` before which the tensors are changed."""
+    load = Llava.load_state_dict
+    return lambda self, tensors, **options: load(self, change(tensors, *map(fuzz.rename, QUERIES)), **options)
+
+
+def all_but_eps(cls, data):
+    return build(cls, {name: value for name, value in data.items() if "eps" not in name})
+
+
+def white(cls, data):
+    return build(cls, data | {"image_std": (1.0, 1.0, 1.0)})
+
+
+ELSEWHERE = json.dumps([QUESTIONS[1] | {"image": "/etc/hostname"}]).encode()
+OUTSIDE = json.dumps({"weight_map": {"a": "../model/model.safetensors"}}).encode()
+FUNCTION = json.dumps({"stages": "1:2:os:getcwd"}).encode()
+LOAD, BUILD, PARSE = "himap_ref.Llava.load_state_dict", "himap_ref.checkpoint.config.build", "fuzz.parse_questions"
+WHITE = "Wrong: image_std is (1.0, 1.0, 1.0), the file says (0.5, 0.5, 0.5)"
+MIXED = "Wrong: language_model.model.layers.0.self_attn.q_proj.weight is not what model.safetensors holds"
+GUARDS = {  # what is lost: (its place, what stands there instead, file, contents or None for the whole ones, outcome)
+    "a picture from elsewhere": ("himap_ref.studies.question_files._inside", lambda folder, name: folder / name,
+                                 "questions.json", ELSEWHERE, "reached open '/etc/hostname'"),
+    "a shard from elsewhere": ("fuzz.tensor_files", lambda folder: [folder / "../model/model.safetensors"],
+                               INDEX, OUTSIDE, "Wrong: a shard in another folder"),
+    "a function from elsewhere": ("himap_ref.methods.schedules._find_score", lambda name, _: schedules._own_score(name),
+                                  "model/himap.json", FUNCTION, "Wrong: a score that is not one of ours"),
+    "two tensors exchanged": (LOAD, loading(lambda t, a, b: t | {a: t[b], b: t[a]}), WEIGHTS, None, MIXED),
+    "a tensor twice": (LOAD, loading(lambda t, a, b: t | {a: t[b]}), WEIGHTS, None, MIXED),
+    "a last bit": (LOAD, loading(lambda t, a, b: t | {a: t[a] * (1 + 2**-23)}), WEIGHTS, None, MIXED),
+    "a field": (BUILD, all_but_eps, "model/config.json", None, "Wrong: rms_norm_eps is 1e-06, the file says 1e-05"),
+    "a step of the pixels": (BUILD, white, "model/preprocessor_config.json", None, WHITE),
+    "the same in the newer file": (BUILD, white, "newer/processor_config.json", None, WHITE),
+    "a question": (PARSE, lambda *args: parse_questions(*args)[:2], "questions.jsonl", None, "Wrong: 2 of 6 "),
+    "the order of questions": (PARSE, lambda *args: parse_questions(*args)[::-1], "questions.jsonl", None,
+                               "Wrong: entry '3' is not what the file holds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place, fault, file, data, outcome", GUARDS.values(), ids=GUARDS)
+def test_lost_guards_are_noticed(workspace, monkeypatch, place, fault, file, data, outcome):
+    """What a file can do when a check is gone, and a loader that confuses: it ends as if all were well."""
+    whole = workspace.whole[file] if data is None else data
+    assert workspace.attempt(file, whole) == ("fine" if data is None else "refused")
+    monkeypatch.setattr(place, fault)
+    assert workspace.attempt(file, whole).startswith(outcome)

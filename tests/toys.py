@@ -1,13 +1,23 @@
-"""What tests share: three tokenizers, random pictures and a tiny model's configuration, made without a network."""
+"""What tests share, made without a network: three tokenizers, random pictures, tiny models' files."""
 
 from __future__ import annotations
 
 import json
 import random
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from himap_ref import Llava
+from himap_ref.checkpoint.config import read_config
+from himap_ref.checkpoint.files import read_tokenizer
+from himap_ref.commands.options import EMBEDDED
+from himap_ref.image import ImageProcessor
+from himap_ref.studies.hub_layout import folder_files
 
 SENTENCES = [
     "A chat between a curious human and an artificial intelligence assistant.",
@@ -88,5 +98,44 @@ TINY_CONFIG = {
 }  # fmt: skip
 
 
-def write_json(path: Path, data: dict) -> None:
+def write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
+
+
+SMALL_CONFIG: dict[str, Any] = {  # with the embedded model's tokenizer: 460 tokens, 4 of the image, 3 decoder layers
+    "model_type": "llava", "image_token_index": 3, "vision_feature_layer": -2, "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 12, "patch_size": 14,
+                      "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "hidden_act": "quick_gelu"},
+    "text_config": {"model_type": "llama", "vocab_size": 460, "hidden_size": 8, "intermediate_size": 12,
+                    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+                    "max_position_embeddings": 200, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+}  # fmt: skip
+
+
+def write_small_model(folder: Path, dtypes: tuple[torch.dtype, ...] = (torch.float32,), shard: int = 2**30) -> None:
+    """A whole folder that answers, by the project's own writer. Tensors take turns with `dtypes`."""
+    model, generator, turn = Llava(read_config(SMALL_CONFIG)), torch.Generator().manual_seed(0), cycle(dtypes)
+    model.tokenizer = read_tokenizer(EMBEDDED)
+    model.image_processor = ImageProcessor(28, crop_size=(28, 28), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    model.settings = {"stages": "1:0.5:text_to_image,2:1:image_to_image", "note": "random"}
+    tokens = json.loads((EMBEDDED / "generation_config.json").read_bytes())
+
+    def data(name: str, like: torch.Tensor) -> torch.Tensor:
+        return (torch.randint(-9, 10, like.shape, generator=generator) / 64).to(next(turn))
+
+    folder.mkdir(parents=True)
+    for name, content in folder_files(model, tokens, {}, data, shard):
+        (folder / name).write_bytes(content)
+
+
+def split_safetensors(data: bytes) -> tuple[dict, bytes]:
+    """A file's header and what follows it; `join_safetensors` is the way back, for headers that no library writes."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def join_safetensors(header: dict, body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + body

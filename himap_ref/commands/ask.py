@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from textwrap import shorten
 from typing import Any
 
 from PIL import Image
@@ -108,7 +109,7 @@ def tell_of_input(args: argparse.Namespace, model: Llava, method: Method, name: 
     where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
     lines = {
         "weights": f"{short(args.weights)} ({where})", "picture": short(name),
-        "method": report.schedule(method, model.config), "question": question,
+        "method": report.schedule(method, model.config), "question": question and shorten(question, 200, placeholder=" ..."),
     }  # fmt: skip
     tell(*(f"{what:8}  {value}" for what, value in lines.items() if value is not None))
 

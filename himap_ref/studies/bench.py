@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..assistant import Llava
 from ..assistant.answer import kv_cache_bytes, vanilla_passes
-from ..checkpoint.files import find_device, find_folder, tensor_files
+from ..checkpoint.files import find_device, find_folder
 from ..checkpoint.load import rename
 from ..commands.files import check_writable, write_text
 from ..commands.manners import run_command
@@ -226,16 +226,11 @@ def readers(setting: Setting) -> list[Contestant]:
 
 
 def loading(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Contestant, list[Llava]]:
-    """`Llava.from_pretrained` with the files in the page cache; the list holds the model that was loaded last."""
+    """`Llava.from_pretrained`; the list holds the model loaded last. The untimed round fills the page cache."""
     loaded: list[Llava] = []
 
     def play(mark: Mark) -> None:
         loaded.clear()
-        for path in tensor_files(folder):
-            with path.open("rb", buffering=0) as file:
-                while file.read(2**22):
-                    pass
-        mark("preparing")
         loaded.append(Llava.from_pretrained(folder, dtype, device))
         mark("load")
 
@@ -273,7 +268,6 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("seconds", "{:.4g}".format),
     "spread": ("±", "{:.0%}".format),
     "disturbed": ("disturbed samples", str),
-    "left_out": ("left out", str),
     "flops": ("FLOPs", amount),
     "speed": ("FLOP/s", amount),
     "of_bare": ("of bare products' FLOP/s", "{:.1%}".format),
@@ -359,11 +353,7 @@ def build(args: argparse.Namespace) -> tuple[Llava, list[Contestant]]:
     folder = EMBEDDED if args.shape == "embedded" else find_folder(args.shape)
     load, loaded = loading(folder, dtype, device)
     take_turns([load], args.rounds, device)
-    model = loaded.pop()
-    model.config = shallow(model.config, args.layers)
-    model.language_model.config = model.config.text_config
-    del model.language_model.layers[model.config.text_config.num_hidden_layers :]
-    return model, [load]
+    return loaded.pop(), [load]
 
 
 def shallow(config: LlavaConfig, layers: int | None) -> LlavaConfig:
@@ -431,7 +421,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--shape", default="embedded", help="7b or 13b (random weights), embedded (default), or a folder or hub id")
-    add("--layers", type=int, help="of the decoder, for small machines; default: all")
+    add("--layers", type=int, help="of the decoder of 7b or 13b, for small machines; default: all")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 if embedded, else bfloat16")
     add("--methods", nargs="+", default=METHODS, help="as in run.py; +prefix caches what stands before the image, "
@@ -449,20 +439,16 @@ def parse_args() -> argparse.Namespace:
     for name in ("text_tokens", "new_tokens", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise HimapError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if (args.layers is not None or args.write) and args.shape not in SHAPES:
+        raise HimapError(f"--layers and --write: --shape must be {' or '.join(SHAPES)}")
     return args
-
-
-def write_checkpoint(args: argparse.Namespace) -> None:
-    if args.shape not in SHAPES:
-        raise HimapError(f"--write: --shape must be {' or '.join(SHAPES)}")
-    size = write(shallow(SHAPES[args.shape], args.layers), getattr(torch, args.dtype), args.write)
-    print(f"{args.write}: {size / 2**30:.2f} GiB of random weights")
 
 
 def main() -> None:
     args = parse_args()
     if args.write:
-        write_checkpoint(args)
+        size = write(shallow(SHAPES[args.shape], args.layers), getattr(torch, args.dtype), args.write)
+        print(f"{args.write}: {size / 2**30:.2f} GiB of random weights")
         return
     if args.json:
         check_writable(args.json, ("json",))  # rather than after hours

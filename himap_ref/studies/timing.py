@@ -24,7 +24,7 @@ from tqdm import trange
 from ..generation import clock
 from .evaluate import peak_memory
 
-CALM = 0.925  # share of the threads' time that a sample must have had of the CPU
+CALM = 0.925  # share of the threads' time that a calm sample must have had of the CPU
 
 # ---------------------------------------------------------------- samples
 
@@ -59,8 +59,8 @@ class Stopwatch:
 def typical(samples: Sequence[Sample], threads: int | None, times: int = 1) -> dict:
     """The median of seconds / times, and half their range as a share of it (spread), without disturbed samples.
 
-    If fewer than 3 were calm, all are used and none is left out. threads: how many had work all the time; None: that
-    cannot be told, so no sample counts as disturbed.
+    If fewer than 3 were calm, all are used. threads: how many had work all the time; None: that cannot be told, so no
+    sample counts as disturbed.
     """
     calm = [s for s in samples if threads is None or s.cpu >= CALM * threads * s.wall]
     seconds = [s.wall / times for s in (calm if len(calm) >= 3 else samples)]
@@ -68,7 +68,6 @@ def typical(samples: Sequence[Sample], threads: int | None, times: int = 1) -> d
         "seconds": median(seconds),
         "spread": (max(seconds) - min(seconds)) / 2 / median(seconds),
         "disturbed": len(samples) - len(calm),
-        "left_out": len(samples) - len(seconds),
         "samples": [(s.wall, s.cpu) for s in samples],
     }
 
