@@ -386,7 +386,7 @@ def edit_header(draw: Callable, header: dict) -> None:
 def edit(draw: Callable, tree: list) -> None:
     """One node below `tree`, near or far from the root, replaced, removed, renamed or exchanged for another."""
     (holder, key), (other, other_key) = place(draw, tree), place(draw, tree)
-    match pick(draw, "replace", "replace", "remove", "exchange", "rename", "count", "wrap"):
+    match pick(draw, "replace", "replace", "remove", "exchange", "rename", "count", "wrap", "lure"):
         case "replace":
             holder[key] = deepcopy(draw(ODD))
         case "remove" if holder is not tree:
@@ -400,6 +400,8 @@ def edit(draw: Callable, tree: list) -> None:
             holder[key] = pick(draw, -number, number + 1, number - 1, number * 1000, number / 2, str(number))
         case "wrap":
             holder[key] = [holder[key]]
+        case "lure" if isinstance(holder[key], str):
+            holder[key] = pick(draw, *LURES)
 
 
 def place(draw: Callable, holder: list | dict) -> tuple:
