@@ -9,7 +9,7 @@ from himap_ref.decoder import rope
 from himap_ref.generation import generate
 from himap_ref.methods.schedules import parse_stages
 from himap_ref.pruning import Stage, image_to_image, text_to_image
-from himap_ref.studies.controls import for_questions, renumbered
+from himap_ref.studies.controls import ORACLE, for_questions, renumbered
 from himap_ref.studies.examples import Example
 
 SPAN = (3, 12)  # 3 system, 9 image, 5 text tokens
@@ -32,11 +32,11 @@ def kept(decoder, x, text, examples):
 def test_oracle(decoder, embeddings):
     """Targets counted from another place, lost at stage 2, or of another prompt of the batch."""
     examples = [asked("a", 8), asked("b", 0, 5), asked("c")]
-    first, second = kept(decoder, embeddings(3, 17), "1:4:oracle,3:2:oracle", examples)
+    first, second = kept(decoder, embeddings(3, 17), f"1:4:{ORACLE},3:2:{ORACLE}", examples)
     for b, targets in enumerate(({8}, {0, 5}, set())):
         assert targets <= {*first[b]} and targets <= {*second[b]} <= {*first[b]}
     with pytest.raises(HimapError, match="target patches"):
-        decoder(embeddings(1, 17), SPAN, parse_stages("1:4:oracle"))
+        decoder(embeddings(1, 17), SPAN, parse_stages(f"1:4:{ORACLE}"))
 
 
 def test_chance(decoder, embeddings):

@@ -19,6 +19,7 @@ from himap_ref.flops import projector_flops, vision_flops
 from himap_ref.methods.schedules import Method, parse_method
 from himap_ref.studies import bias, disruption, entries, evaluate, flow, precision, sweep
 from himap_ref.studies.asking import ask_each
+from himap_ref.studies.controls import for_questions
 from himap_ref.studies.evaluate import Evaluation, answer
 from himap_ref.studies.examples import Example
 from himap_ref.studies.metrics import METRICS, bootstrap, wilson
@@ -309,7 +310,7 @@ def test_equal_flops_are_equal(shapes):
         method, budget = parse_method(entry.methods[0], shapes), 0.75 if "75" in entry.group else 0.65
         got, plain = (
             shapes.generate(SCENES[0].picture(), SCENES[0].question, stages, 1, reducer=reducer).flops
-            for stages, reducer in ((method.stages, method.reducer), ((), None))
+            for stages, reducer in ((for_questions(method.stages, SCENES[:1]), method.reducer), ((), None))
         )
         assert abs(got.total / plain.total - budget) < entries.NEAR + 0.005, entry
         assert len(entry.methods) == (entries.SEEDS if "chance" in entry.label else 1)

@@ -69,7 +69,7 @@ def test_nothing_is_nan(at, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", [name for name in SCORES if name != "dart"])  # whose scores are ranks
 def test_scores_are_fp32(at, dtype, name):
     """A softmax, a head mean or a sum in half precision: neighbours tie, and which one stays is chance."""
     seen = []
@@ -182,8 +182,8 @@ def test_command_ends_at_nan(folder):
     command = [sys.executable, str(ROOT / "run.py"), "--weights", str(folder)]
     asked = ["--image", str(EXAMPLE[0]), "--prompt", EXAMPLE[1]]
     got = subprocess.run([*command, *asked], capture_output=True, text=True, check=False, timeout=60)
-    assert got.returncode == 2 and got.stderr.startswith("error: ") and got.stderr.count("\n") == 1, got.stderr
-    assert "NaN or infinite" in got.stderr
+    *said, line = got.stderr.splitlines()
+    assert got.returncode == 2 and len(said) == 4 and line.startswith("error: ") and "NaN or infinite" in line
 
 
 @pytest.mark.parametrize("module", [evaluate, flow, disruption], ids=lambda module: module.__name__)

@@ -109,7 +109,8 @@ def tell_of_input(args: argparse.Namespace, model: Llava, method: Method, name: 
     where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
     lines = {
         "weights": f"{short(args.weights)} ({where})", "picture": short(name),
-        "method": report.schedule(method, model.config), "question": question and shorten(question, 200, placeholder=" ..."),
+        "method": report.schedule(method, model.config),
+        "question": question and shorten(question, 200, placeholder=" ..."),
     }  # fmt: skip
     tell(*(f"{what:8}  {value}" for what, value in lines.items() if value is not None))
 

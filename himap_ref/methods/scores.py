@@ -51,14 +51,15 @@ def dart(view: LayerView, pivots: int = 4) -> Tensor:
     before it. Its products count as one row of attention per pivot.
     """
     hidden, size = F.normalize(view.hidden.float(), dim=-1), view.k[:, -view.q.shape[1] :].float().abs().sum(dim=(2, 3))
-    text = size[:, view.text].masked_fill(~view.real[:, view.text], -1)
     image = size[:, view.image].topk(min(pivots, view.image.stop - view.image.start), dim=1).indices
+    text = size[:, view.text].masked_fill(~view.real[:, view.text], -1)  # padding is chosen last, and told apart below
     words = text.topk(min(pivots, text.shape[1]), dim=1).indices + view.text.start
     chosen = torch.cat((image + view.image.start, words), dim=1)  # (B, P) rows
+    real = view.real.take_along_dim(chosen, dim=1)
+    view.ranking, view.own_ranking = view.ranking + chosen.shape[1], view.own_ranking + real.sum(dim=1)
     likeness = hidden.take_along_dim(chosen[..., None], dim=1) @ hidden[:, view.image].mT  # (B, P, N)
-    view.ranking, view.own_ranking = view.ranking + chosen.shape[1], view.own_ranking + chosen.shape[1]
-    P = likeness.shape[1]
-    place = likeness.argsort(dim=2, stable=True).argsort(dim=2) * P + torch.arange(P, device=hidden.device)[:, None]
+    place = likeness.argsort(dim=2, stable=True).argsort(dim=2).masked_fill(~real[..., None], likeness.shape[2])
+    place = place * 2 * pivots + torch.arange(likeness.shape[1], device=place.device)[:, None]  # ties: the first pivot
     return -place.amin(dim=1).float().scatter(1, image, -1.0)
 
 

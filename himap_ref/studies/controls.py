@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..decoder import LlamaDecoder, rope
 from ..errors import HimapError
-from ..methods.scores import SCORES, random
+from ..methods.scores import random
 from ..pruning import LayerView, Stage
 from .examples import Example
 
@@ -38,14 +38,14 @@ def oracle(view: LayerView, targets: Sequence[Sequence[int]] | None = None, seed
     return scores
 
 
-SCORES["oracle"] = oracle
+ORACLE = f"{__name__}:oracle"  # as a schedule names it
 
 
 def for_questions(stages: Sequence[Stage], examples: Sequence[Example]) -> tuple[Stage, ...]:
     """Stages whose scores know which questions they rank for: chance draws anew for each, the oracle its targets."""
     bound = []
     for stage in stages:
-        function: Any = getattr(stage.score, "func", stage.score)
+        function: Any = getattr(stage.score, "func", getattr(stage.score, "__wrapped__", stage.score))
         seed = getattr(stage.score, "keywords", {}).get("seed", 0)
         known: dict[str, Any] = {}
         if function in (random, oracle):

@@ -16,6 +16,7 @@ from ..flops import pass_flops, projector_flops, vision_flops
 from ..methods.plan import plan_prefill
 from ..methods.schedules import METHODS, Method, parse_method
 from ..model import find_image_span
+from .controls import ORACLE
 from .examples import Example
 
 PAPER = (2, 0.5, 8, 0.25)  # K1, share kept by stage 1, K2, share kept by stage 2
@@ -74,7 +75,7 @@ def criteria() -> list[Entry]:
         "text, image (HiMAP)": (TEXT, IMAGE), "image, text (swapped)": (IMAGE, TEXT), "text, text": (TEXT, TEXT),
         "image, image": (IMAGE, IMAGE), "text, image count-normalised": (TEXT, f"{IMAGE}_mean"),
         "text, image relative": (TEXT, f"{IMAGE}_relative"), "last row, last row": ("last_to_image",) * 2,
-        "chance, chance": ("random", "random"), "oracle, oracle": ("oracle", "oracle"),
+        "chance, chance": ("random", "random"), "oracle, oracle": (ORACLE, ORACLE),
     }  # fmt: skip
     both = [Entry("criteria", label, seeded(stages_text(*PAPER, *scores))) for label, scores in pairs.items()]
     alone = {"stage 1 alone": f"{k1}:{share(keep1)}:{TEXT}", "stage 2 alone": f"{k2}:{share(keep2)}:{IMAGE}"}
@@ -90,7 +91,7 @@ def families(config: LlavaConfig) -> dict[str, Callable[[int], str]]:
         "HiMAP": lambda k: f"{k1}:{k}:{TEXT},{k2}:{share(keep2)}:{IMAGE}",
         "HiMAP, count-normalised": lambda k: f"{k1}:{k}:{TEXT},{k2}:{share(keep2)}:{IMAGE}_mean",
         CHANCE: lambda k: f"{k1}:{k}:random,{k2}:{share(keep2)}:random",
-        "oracle on HiMAP's layers": lambda k: f"{k1}:{k}:oracle,{k2}:{share(keep2)}:oracle",
+        "oracle on HiMAP's layers": lambda k: f"{k1}:{k}:{ORACLE},{k2}:{share(keep2)}:{ORACLE}",
         "FastV, last row": lambda k: f"2:{k}:last_to_image",
         "FastV, mean of all rows": lambda k: f"2:{k}:all_to_image",
         "FastV, text rows": lambda k: f"2:{k}:{TEXT}",

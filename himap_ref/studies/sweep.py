@@ -34,7 +34,7 @@ from ..commands.manners import run_command
 from ..commands.report import markdown
 from ..errors import HimapError
 from ..methods.schedules import parse_method
-from .controls import POSITIONS
+from .controls import ORACLE, POSITIONS
 from .entries import (
     CHANCE,
     PAPER,
@@ -234,8 +234,8 @@ def entries_of(args: argparse.Namespace, evaluation: Evaluation) -> list[Entry]:
         raise HimapError(f"--budgets {args.budgets}: expected shares of vanilla's FLOPs, above 0 and at most 1")
     if args.quick:
         rows = {"HiMAP": stages_text(*PAPER)}
-        rows |= {name: stages_text(*PAPER, name, name) for name in ("random", "oracle")}
-        beside = [Entry("own", "chance" if name == "random" else name, seeded(text)) for name, text in rows.items()]
+        rows |= {"chance": stages_text(*PAPER, "random", "random"), "oracle": stages_text(*PAPER, ORACLE, ORACLE)}
+        beside = [Entry("own", name, seeded(text)) for name, text in rows.items()]
         swept = [*fitting(beside, model), *own]
     elif own:
         swept = own
@@ -243,7 +243,7 @@ def entries_of(args: argparse.Namespace, evaluation: Evaluation) -> list[Entry]:
         swept = published(model.config) + ablations(args.k1, args.k2, args.keep1, args.keep2) + criteria()
         swept = [*fitting(swept, model), *equal_flops(model, evaluation.examples, args.budgets)]
     known = any(example.targets for example in evaluation.examples)
-    return [vanilla, *(entry for entry in swept if known or not any("oracle" in text for text in entry.methods))]
+    return [vanilla, *(entry for entry in swept if known or not any(ORACLE in text for text in entry.methods))]
 
 
 def main() -> None:
