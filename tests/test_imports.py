@@ -1,6 +1,7 @@
 """Imports run one way: reading path <- door, methods and kernels <- assistant <- commands <- studies, demo, run.py."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,10 @@ def test_one_way(file):
 
 def test_run_needs_no_study():
     assert imported(ROOT / "run.py", ()) == {"commands"}
+
+
+def test_every_room_is_installed():
+    """A room that a clone has and an installed package lacks."""
+    listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
+    rooms = {"himap_ref", *(f"himap_ref.{file.parent.name}" for file in FILES if file.parent.name)}
+    assert {*re.findall(r'"(\S+?)"', listed)} == rooms | {"himap_ref.weights.shapes"}

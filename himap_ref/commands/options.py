@@ -16,7 +16,9 @@ from ..checkpoint.files import find_device, find_folder
 from ..prompt import TEMPLATES, split
 from .manners import tell
 
-EMBEDDED = Path(__file__).parents[2] / "weights" / "shapes"
+# In a clone beside the package, in a wheel within it (see pyproject.toml).
+PLACES = [Path(__file__).parents[up] / "weights" / "shapes" for up in (2, 1)]
+EMBEDDED = next((place for place in PLACES if place.is_dir()), PLACES[0])
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
