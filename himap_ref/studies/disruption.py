@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..assistant import Llava
+from ..assistant.text import text_of
 from ..cache import causal_mask
 from ..commands.manners import run_command
 from ..commands.options import add_model_arguments
@@ -172,8 +173,7 @@ def answer(
             out = disrupt(model.language_model, x, span, block, seeds, max_new_tokens, model.eos_token_ids)
             top5 = out.first_logits.float().topk(5).indices.tolist()
             for i, ids, top in zip(places, out.token_ids, top5, strict=True):
-                text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
-                rows[i]["results"][name_of(block)] = {"answer": text, "top5": top}
+                rows[i]["results"][name_of(block)] = {"answer": text_of(model.tokenizer, ids), "top5": top}
     return rows
 
 

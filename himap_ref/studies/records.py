@@ -7,7 +7,6 @@ next start; results of other settings, and a file that another run is writing, a
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import re
@@ -15,15 +14,12 @@ import stat
 from hashlib import sha256
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ..assistant import Llava
 from ..checkpoint.files import tensor_files
 from ..commands.options import load_model, revision_of
 from ..errors import HimapError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs on one file are not noticed there
-    fcntl = None  # type: ignore[assignment]
 
 
 class Records:
@@ -32,6 +28,7 @@ class Records:
     def __init__(self, path: Path, settings: dict):
         self.path = path
         self.rows: dict[str, dict] = {}
+        self._held = FileLock(f"{path}.lock")
         settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists then
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +42,7 @@ class Records:
             self._lock()
             self._read(settings)
         except BaseException:
-            os.close(self._fd)
+            self.__exit__()
             raise
 
     def __enter__(self) -> Records:
@@ -53,6 +50,7 @@ class Records:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+        self._held.release()
 
     def __contains__(self, id: str) -> bool:
         return id in self.rows
@@ -70,14 +68,12 @@ class Records:
         self.rows[id] = row
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when this process ends
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return  # a file system without locks
+            self._held.acquire(blocking=False)  # the system lifts it when this process ends, however it ends
+        except Timeout:
             raise HimapError(f"{self.path}: another run is writing it: wait, or choose another --out") from None
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks
 
     def _read(self, settings: dict) -> None:
         data, header = self.path.read_bytes(), _line({"settings": settings})
