@@ -710,6 +710,8 @@ PREPROCESSORS = [  # entry, the value, the line
     ("crop_size", 336, "{folder}: the image processor does not make pictures of 28 pixels a side"),
     ("size", {}, f"ImageProcessor.size (None, None): {PAIR}"),
     ("size", {"longest_edge": 28}, f"ImageProcessor.size (None, None): {PAIR}"),
+    ("size", {"shortest_edge": 28, "longest_edge": 56},
+     "image processor: size with a longest_edge beside shortest_edge is not supported: remove it"),
     ("size", {"height": 28}, f"ImageProcessor.size (28, None): {PAIR}"),
     ("size", 0, "ImageProcessor.shortest_edge 0: expected int | None, 1 to 8192"),
     ("size", 10**9, "ImageProcessor.shortest_edge 1000000000: expected int | None, 1 to 8192"),
@@ -721,7 +723,6 @@ PREPROCESSORS = [  # entry, the value, the line
     ("image_mean", 0.5, f"ImageProcessor.image_mean 0.5: {TRIPLE}, -1000 to 1000"),
     ("image_std", [0, 1, 1], f"ImageProcessor.image_std (0, 1, 1): {TRIPLE}, 1e-06 to 1e+06"),
     ("do_resize", "no", "image processor: do_resize is neither true nor false"),
-    ("do_pad", 1, "ImageProcessor.do_pad 1: expected bool"),
     ("do_center_crop", False, "{folder}: the image processor does not make pictures of 28 pixels a side"),
 ]
 

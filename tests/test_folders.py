@@ -180,6 +180,7 @@ PROCESSORS = [  # processor_config.json, preprocessor_config.json: the first cha
     ({"image_processor": MEAN}, {"image_mean": [0.5] * 3}, 0.1, False),
     ({"image_processor": {}}, {"image_mean": [0.5] * 3}, 0.48145466, False),  # wins whole, and says nothing
     ({"image_processor": {"do_pad": True}}, {**MEAN, "do_pad": False}, 0.48145466, True),
+    (None, {"image_processor_type": "CLIPImageProcessor", "do_pad": True}, 0.48145466, False),  # which knows no padding
     ({"image_processor": None}, MEAN, 0.1, False),
     ({"patch_size": 14}, MEAN, 0.1, False),
     (None, MEAN, 0.1, False),

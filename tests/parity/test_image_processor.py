@@ -58,6 +58,7 @@ def test_pad_to_square(size):
 SETTINGS = {
     "crop beyond the picture": {"size": {"shortest_edge": 224}, "crop_size": {"height": 301, "width": 336}},
     "exact size": {"size": {"height": 50, "width": 70}, "do_center_crop": False},
+    "an int for both sides": {"size": 30, "default_to_square": True, "crop_size": 25},
     "no crop": {"size": {"shortest_edge": 50}, "do_center_crop": False},
     "no resize": {"do_resize": False, "crop_size": {"height": 60, "width": 50}},
     "no normalisation": {"size": {"shortest_edge": 30}, "crop_size": 30, "do_normalize": False},
