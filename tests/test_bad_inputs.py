@@ -30,9 +30,10 @@ from toys import SMALL_CONFIG, join_safetensors, noise, split_safetensors, write
 
 from himap_ref import HimapError, Llava, LlavaConfig, TextConfig, VisionConfig
 from himap_ref.assistant import llava
+from himap_ref.assistant.device import find_device
 from himap_ref.assistant.picture import load_image
 from himap_ref.checkpoint.config import LIMITS
-from himap_ref.checkpoint.files import find_device, find_folder
+from himap_ref.checkpoint.files import find_folder
 from himap_ref.commands.files import check_writable, write_text, write_whole
 from himap_ref.commands.manners import run_command
 from himap_ref.commands.options import revision_of
@@ -743,13 +744,6 @@ def test_null_stands_for_what_is_not_said(folder):
     write_json(folder / "processor_config.json", {"image_processor": None})
     processor = Llava.from_pretrained(folder).image_processor
     assert processor == ImageProcessor(shortest_edge=28, crop_size=(28, 28))
-
-
-@pytest.mark.parametrize("said, pad", [("pad", True), ("square", False), (None, False)])
-def test_aspect_ratio_of_the_original(folder, said, pad):
-    """The original LLaVA says in config.json that it pads: read past, the picture's sides would be cut off."""
-    edit_json(folder / "config.json", image_aspect_ratio=said)
-    assert Llava.from_pretrained(folder).image_processor.do_pad is pad
 
 
 def test_limits():

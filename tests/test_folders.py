@@ -199,12 +199,17 @@ def test_two_files_of_an_image_processor(folder, newer, older, mean, pad):
     assert (processor.image_mean[0], processor.do_pad) == (mean, pad)
 
 
-@pytest.mark.parametrize("said, pad", [(None, True), (False, False), (True, True)])
-def test_padding_that_is_null(folder, said, pad):
-    """A null (transformers writes one) taken for the original LLaVA's "pad" switched off."""
-    write_json(folder / "config.json", changed(image_aspect_ratio="pad"))
-    write_json(folder / "preprocessor_config.json", {"do_pad": said})
-    assert Llava.from_pretrained(folder).image_processor.do_pad is pad
+@pytest.mark.parametrize("layout", ["original", "llava-hf"])
+@pytest.mark.parametrize("aspect", ["pad", "square", None])
+@pytest.mark.parametrize("said", [None, False, True])
+def test_padding(tmp_path, layout, aspect, said):
+    """A null (transformers writes one) taken for the original LLaVA's "pad" switched off; that "pad" followed where it
+    is left over in another layout, for which transformers does not read it."""
+    write_json(tmp_path / "config.json", ORIGINAL | {"image_aspect_ratio": aspect} | (
+        {"vision_config": {}, "text_config": {}} if layout == "llava-hf" else {}))  # fmt: skip
+    write_json(tmp_path / "preprocessor_config.json", {"do_pad": said})
+    asked = layout == "original" and aspect == "pad" if said is None else said
+    assert read_image_processor(tmp_path, 336).do_pad is asked
 
 
 # ---------------------------------------------------------------- B, C. entries of config.json

@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from himap_ref import HimapError, LayerView, LlamaDecoder, Stage, text_to_image
+from himap_ref.assistant.device import find_device
 from himap_ref.cache import LayerCache
-from himap_ref.checkpoint.files import find_device
 from himap_ref.generation import generate
 from himap_ref.methods.scores import SCORES
 from himap_ref.sampling import Sampling, probabilities

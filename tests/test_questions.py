@@ -150,6 +150,8 @@ READ = {  # what stands there: (entry, question, answers, name of the picture)
     "number that is an option": ({**CHOICES, "choices": [2, 1], "answer": "1"}, "Which?\nA. 2\nB. 1", "1", "a.png"),
     "no options": ({**CHOICES, "choices": [], "answer": 1}, "Which?", "1", "a.png"),
     "an object without a path": ({**PLAIN, "image": {"path": None}}, "Is there a cat?", "yes", None),
+    "options as fields": ({**PLAIN, "text": "Which?", "A": "red", "B": "blue", "label": "B"}, LISTED, "B", "a.png"),
+    "a hint": ({**CHOICES, "hint": "Look.", "answer": 1}, f"Context: Look.\n{LISTED}", "B", "a.png"),
     "option's text": ({**CHOICES, "answer": "blue"}, LISTED, "blue", "a.png"),
     "a list of answers": ({**PLAIN, "label": ["yes"]}, "Is there a cat?", "yes", "a.png"),
     "no label": ({"id": 7, "image": "a.png", "text": "Is there a cat?"}, "Is there a cat?", None, "a.png"),
@@ -188,7 +190,8 @@ def test_several_pictures_are_left_out(ask):
     """One such entry that ends the file, that is asked with one of its pictures, or that goes uncounted."""
     two = ["a.png", "b.png"]
     entries = [{**PLAIN, "image": two}, {**PLAIN, "images": two}, {**PLAIN, "images": ["b.png"]},
-               chat([*PARTS, {"type": "image", "image": "b.png"}]), {**PLAIN, "image": two}]  # fmt: skip
+               chat([*PARTS, {"type": "image", "image": "b.png"}]), {**PLAIN, "image": two},
+               {**PLAIN, "text": "<image><image>Which is larger?"}]  # fmt: skip
     *left_out, good = ask([*entries, OFFICIAL])
     assert [(e.problem, e.source) for e in left_out] == [(SEVERAL, None)] * len(entries)
     assert good.problem == "" and good.source and len({e.key for e in (*left_out, good)}) == len(entries) + 1
@@ -370,6 +373,8 @@ def test_bad_entries(ask, change, message):
         (b"\xff\xfe", "expected a JSON list"),
         (b"[" * 100_000, "expected a JSON list"),
         (b"[null]", "entry 1: expected an object"),
+        (b'{"questions": [{"id": 1}]}', "one object, not a list"),
+        (b'{"1": {"question": "Which?"}, "2": {"question": "Why?"}}', "one object, not a list"),
         (b'"text"', "entry 1: expected an object"),
     ],
 )

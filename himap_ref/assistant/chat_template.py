@@ -40,7 +40,7 @@ def recognise(jinja: str, tokens: dict[str, str]) -> str | None:
     """A chat template in our own form. tokens: {"bos": "<s>", "eos": "</s>"}."""
     outline = outline_of(jinja) if len(jinja) < 5000 else "@?"  # the families' are shorter
     match = next(filter(None, (re.fullmatch(family, outline) for family in FAMILIES)), None)
-    if not match:
+    if not match or not is_always_said(jinja, match.groupdict("").get("system", "")):
         return None
     part = {"system": "", "gap": "", "role": "", "end": match["close"], **match.groupdict("")}
     turn, bos = "{question}" + part["close"] + part["role"], re.search(BOS, outline)
@@ -50,6 +50,21 @@ def recognise(jinja: str, tokens: dict[str, str]) -> str | None:
                        "@role": "user"}.items():  # fmt: skip
         text = text.replace(name, word)
     return text if [text.count(place) for place in ("<image>", "{question}", "{answer}")] == [1, 2, 1] else None
+
+
+def is_always_said(jinja: str, text: str) -> bool:
+    """Whether a system prompt stands outside of all branches or in an `else`, as nobody gives a system message or tools
+    here; in a variable, whether that is used."""
+    if not (begin := re.split(r"[\\\n'\"]", text.strip())[0]):
+        return not text.strip()
+    before, found, _ = jinja.partition(begin)
+    branches: list[str] = []
+    for word in re.findall(r"\{%-?\s*(if|elif|else|endif|for|endfor)\b", before):
+        branches = branches[:-1] if word not in ("if", "for") else branches
+        branches += [] if word.startswith("end") else [word]
+    variable = re.search(r"\{%-?\s*set\s+(\w+)\s*=\s*['\"]\s*$", before)
+    is_used = not variable or re.search(rf"\b(?<!set ){variable[1]}\b(?!\s*=[^=])", jinja)
+    return bool(found and is_used and all(branch in ("else", "for") for branch in branches))
 
 
 def outline_of(jinja: str) -> str:
@@ -66,6 +81,7 @@ def outline_of(jinja: str) -> str:
         elif "raise_exception(" not in part:
             expression = rest.partition("=")[2] if word == "set" else part[2:-2]
             expression = re.sub(r"\[\s*(['\"])(\w+)\1\s*\]", r".\2", expression)  # ["role"] is .role
+            outline += "@?" if re.search(r"(?<!messages)\[[^\]'\"]*:", expression) else ""  # a part of what was said
             for quote, string, before, name, after, other in re.findall(STRING_OR_NAME, expression):
                 variable = "@?" if before or after == "(" else "" if after else "@var"
                 string = string.encode("ascii", "backslashreplace").decode("unicode-escape", "replace")  # as Jinja

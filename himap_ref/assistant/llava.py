@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cache import LayerCache
 from ..checkpoint.config import read_config, read_eos, read_image_processor, read_settings
-from ..checkpoint.files import find_device, find_folder, read_json, read_tokenizer
+from ..checkpoint.files import find_folder, read_json, read_tokenizer
 from ..checkpoint.load import find_tensors, load_weights, settle_head
 from ..config import LlavaConfig
 from ..errors import HimapError
@@ -28,6 +28,7 @@ from ..pruning import Stages, stages_by_layer
 from ..sampling import Sampling
 from .answer import Answer, Past, count_flops
 from .chat_template import read_template
+from .device import find_device
 from .picture import Picture, load_image
 from .text import Stream, text_of
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from reprlib import repr as short
@@ -73,7 +74,7 @@ def read_config(data: dict, image_token: int | None = None) -> LlavaConfig:
             raise HimapError(f"{name} {data[name]!r} is not supported: expected {json.dumps(allowed)[1:-1]}")
     if any(part.get("quantization_config") for part in (data, vision or {}, text or {})):
         raise HimapError(f"quantization_config: {QUANTISED}")
-    if vision is None and text is None and ("mm_vision_tower" in data or data.get("model_type") == "llava_llama"):
+    if is_original(data):
         return build(LlavaConfig, _original(data, image_token))
     text = text or {}
     tied = data.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)  # newer files: here
@@ -86,6 +87,12 @@ def read_config(data: dict, image_token: int | None = None) -> LlavaConfig:
         "vision_config": VIT_L_14_336 if vision is None else build(VisionConfig, vision),
         "text_config": _text_config({**text, "tie_word_embeddings": tied}),
     })  # fmt: skip
+
+
+def is_original(data: dict) -> bool:
+    """Whether a config.json is of the original LLaVA's layout; sections go before entries left over from it."""
+    sections = data.get("vision_config"), data.get("text_config")
+    return sections == (None, None) and ("mm_vision_tower" in data or data.get("model_type") == "llava_llama")
 
 
 def _original(data: dict, image_token: int | None) -> dict:
@@ -139,8 +146,12 @@ def read_image_processor(folder: Path, image_size: int) -> ImageProcessor:
     data = section(read_json(newer), "image_processor") if newer.exists() else None
     if data is None:
         data = read_json(older) if older.exists() else {}
-    if data.get("do_pad") is None or "Llava" not in str(data.get("image_processor_type", "Llava")):  # CLIP's never does
-        data["do_pad"] = read_json(folder / "config.json").get("image_aspect_ratio") == "pad"  # the original LLaVA's
+    kind = str(data.get("image_processor_type") or "LlavaImageProcessor")
+    if not re.fullmatch("(CLIP|Llava)(ImageProcessor|FeatureExtractor)(Fast|Pil)?", kind):
+        raise HimapError(f"{folder}: image_processor_type {short(kind)} is not supported: expected CLIPImageProcessor")
+    if data.get("do_pad") is None or "Llava" not in kind:  # CLIP's never pads, but the original LLaVA does before it
+        whole = read_json(folder / "config.json")
+        data["do_pad"] = is_original(whole) and whole.get("image_aspect_ratio") == "pad"
     processor = image_processor(data, image_size)
     if (processor.crop_size or processor.size) != (image_size, image_size):
         raise HimapError(f"{folder}: the image processor does not make pictures of {image_size} pixels a side")

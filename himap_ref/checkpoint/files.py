@@ -1,4 +1,4 @@
-"""Finding a folder and a device for it, and reading its files, of which nothing is believed."""
+"""Finding a folder and reading its files, of which nothing is believed."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from reprlib import repr as short
 
-import torch
 from tokenizers import Tokenizer
 
 from ..errors import HimapError
@@ -14,7 +13,9 @@ from ..image import read_bytes
 
 SHORT_NAMES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-FOLDERS = re.compile(r"(weights?|models?|checkpoints?|ckpts?|outputs?|results?|runs?|data)/.*", re.IGNORECASE)
+FOLDERS = re.compile(
+    r"(?i)(weights?|models?|checkpoints?|ckpts?|outputs?|results?|runs?|data)/.*|.*/(checkpoint|ckpt).?\d*"
+)
 SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 
@@ -52,20 +53,6 @@ def _download(name: str | Path, revision: str | None) -> Path:
     except Exception as error:  # the hub's own errors, those of the HTTP library of its version, OSError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HimapError(f"weights {name!r}: no such folder here, nor can the hub's be downloaded ({reason})") from None
-
-
-def find_device(name: str | torch.device, dtype: torch.dtype = torch.float32) -> torch.device:
-    """The device, or a HimapError if this machine or this build of torch does not have it, or it not the dtype."""
-    try:
-        one = torch.ones(1, 1, device=name, dtype=dtype)
-        (one @ one).softmax(dim=-1).item()
-        return one.device
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        reason = re.split(r"\. |\n", str(error))[0]  # the first sentence of many
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        there += ["mps"] if torch.backends.mps.is_available() else []
-        why = f"not available for {dtype} ({reason}); there is {', '.join(there)}"
-        raise HimapError(f"device {str(name)!r}: {why}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -131,6 +118,11 @@ def tensor_files(folder: Path) -> list[Path]:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json, the one file of the fast tokenizer; raises HimapError if it is not there or not one."""
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        raise HimapError(
+            f"{folder}: tokenizer.model without a tokenizer.json: let transformers make it, "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder), with <image> among its tokens"
+        )
     try:
         tokenizer = Tokenizer.from_buffer(read_bytes(folder / "tokenizer.json"))
         tokenizer.no_padding()  # a file may carry the settings of somebody's training run

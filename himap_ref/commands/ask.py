@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     add("--image", help="picture file, or 'none' for text only; embedded model: the example, if left out")
     add("--prompt", help="the question; asked for, if left out")
     add_model_arguments(p)
-    add("--method", default="himap", help="himap (default), himap-paper, himap-caption, fastv, pyramiddrop, vtw, "
+    add("--method", help="himap (default), himap-paper, himap-caption, fastv, pyramiddrop, vtw, "
         "random, none; before the decoder: cls:TOKENS, divprune:TOKENS, visionzip:TOKENS, pool:SIDE, down:SIDE")
     add("--stages", help='LAYER:KEEP:SCORE,... instead of --method: "2:0.5:text_to_image,8:72:image_to_image"; KEEP '
         "with a point is a share, else a count; SCORE is a name or your own module:function")
@@ -88,7 +88,10 @@ def check_outputs(args: argparse.Namespace, image: Image.Image | None) -> None:
 
 def find_method(args: argparse.Namespace, model: Llava) -> Method:
     if args.stages is None:
-        return parse_method(f"random{args.seed}" if args.method == "random" else args.method, model)
+        name = "himap" if args.method is None else args.method
+        return parse_method(f"random{args.seed}" if name == "random" else name, model)
+    if args.method is not None:
+        raise HimapError("--stages goes in place of --method: give one of them")
     method = Method("stages", parse_stages(args.stages))
     method.tokens_per_layer(model.config)  # raises what does not fit
     return method

@@ -12,7 +12,8 @@ import torch
 
 from ..assistant import Llava
 from ..assistant.chat_template import read_template
-from ..checkpoint.files import find_device, find_folder
+from ..assistant.device import find_device
+from ..checkpoint.files import find_folder
 from ..prompt import TEMPLATES, split
 from .manners import tell
 

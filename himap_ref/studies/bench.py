@@ -31,7 +31,8 @@ from torch import Tensor
 
 from ..assistant import Llava
 from ..assistant.answer import kv_cache_bytes, vanilla_passes
-from ..checkpoint.files import find_device, find_folder
+from ..assistant.device import find_device
+from ..checkpoint.files import find_folder
 from ..checkpoint.load import rename
 from ..commands.files import check_writable, write_text
 from ..commands.manners import run_command

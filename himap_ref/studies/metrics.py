@@ -114,8 +114,9 @@ def _are_letters(examples: Sequence[Example]) -> None:
 def _bare_letters(examples: Sequence[Example]) -> None:
     """Nothing that a model says equals "(B)" or "B. red": it would all be wrong."""
     for example in examples:
-        if other := next((right for right in example.answers if not re.fullmatch(r"\s*[A-Za-z]\s*", right)), None):
-            raise HimapError(f"letter: the right answer of {example.id} is {other!r}, no letter: try choice or exact")
+        if other := next((right for right in example.answers if not re.fullmatch(r"\s*[A-Z]\s*", right)), None):
+            what = f"letter: the right answer of {example.id} is {other!r}"
+            raise HimapError(f"{what}, no capital letter: try choice or exact")
 
 
 # ---------------------------------------------------------------- VQA accuracy

@@ -25,12 +25,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as short
 
 from ..errors import HimapError
 from .examples import Example
-from .labels import answers_of, first_of, options_of, text_of, type_of, with_options
+from .labels import LETTERS, answers_of, first_of, options_of, text_of, type_of, with_options
 
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant", "model", "bot", "chatgpt")
 SEVERAL = "several pictures in one entry: the model takes one"
@@ -91,6 +92,9 @@ def _entries(data: bytes, name: str) -> list:
         raise HimapError(f"{name}: expected a JSON list, or one JSON object a line ({error})") from None
     if not entries:
         raise HimapError(f"{name}: holds no questions")
+    one = entries[0] if len(entries) == 1 and isinstance(entries[0], dict) else {"id": ""}
+    if not {"id", "question_id", "conversations"} & {*one} and any(isinstance(x, list | dict) for x in one.values()):
+        raise HimapError(f"{name}: one object, not a list of entries or one a line: write what is in it as a list")
     return entries
 
 
@@ -113,7 +117,11 @@ def _parse_entry(entry: object, folder: Path, hint: str) -> Example:
     said, shown = _content(said)
     pictures = _pictures(entry, said, shown)
     question = text_of(said, "question").replace("<image>", "")  # as the official code has it
-    question = with_options(text_of(question, "question").strip(), first_of(entry, "options", "choices"))
+    lettered = [entry[letter] for letter in takewhile(entry.get, LETTERS)]  # MMBench's: a field for each option
+    options = first_of(entry, "options", "choices") or (lettered if len(lettered) > 1 else None)
+    question = with_options(text_of(question, "question").strip(), options)
+    if context := entry.get("hint"):  # ScienceQA's, where LLaVA asks with it
+        question = f"Context: {text_of(context, 'hint').strip()}\n{question}"
     answers = answers_of(entry, reply, options_of(question))
     top5 = entry.get("top5_res") or []
     if not isinstance(top5, list) or any(type(token) is not int for token in top5):
@@ -121,8 +129,8 @@ def _parse_entry(entry: object, folder: Path, hint: str) -> Example:
     kind = entry.get("category") or ""
     if not isinstance(kind, str) or not kind.isprintable():  # it heads a column
         raise HimapError(f"`category`: expected a line of text, not {short(kind)}")
-    source = _inside(folder, pictures[0]) if len(pictures) == 1 else None
-    problem = SEVERAL if len(pictures) > 1 else ""
+    problem = SEVERAL if max(len(pictures), str(said).count("<image>") if pictures else 0) > 1 else ""
+    source = _inside(folder, pictures[0]) if pictures and not problem else None
     question = f"{question}\n{hint}" if hint else question
     return Example(str(id), question, answers, kind, source, tuple(top5), problem=problem)
 
@@ -130,6 +138,8 @@ def _parse_entry(entry: object, folder: Path, hint: str) -> Example:
 def _first_turns(entry: dict) -> tuple[object, object]:
     """The question and the single answer as they stand there; None for what is missing."""
     reply = first_of(entry, "label", "answer")
+    if entry.get("answer") is not None and entry["answer"] != reply:
+        raise HimapError(f"label {short(reply)} and answer {short(entry['answer'])}: which of them is right?")
     name = next((name for name in ("conversations", "messages", "conversation") if name in entry), None)
     if name is None:
         return first_of(entry, "text", "question", "prompt"), reply

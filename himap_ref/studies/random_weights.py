@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 
 from ..assistant import Llava
-from ..checkpoint.files import find_device
+from ..assistant.device import find_device
 from ..config import LlavaConfig
 from ..errors import HimapError
 from ..image import ImageProcessor

@@ -143,5 +143,10 @@ OTHERS = {  # none of the families: not to be taken for one
     "a number": 5,
     "a placeholder of ours": STRINGS["vicuna v1.1"].replace("A chat", "{question}"),
     "<image> in the system prompt": STRINGS["vicuna v1.1"].replace("A chat", "<image>"),
+    **{f"text that nobody is shown: {text}": text + STRINGS["vicuna, no system"] for text in (
+        "{% if tools %}{{ 'You may call tools. ' }}{% endif %}", "{% if false %}Never said. {% endif %}",
+        "{% if messages[0]['role'] == 'system' %}System says: {% endif %}", "{% set greeting = 'Hello there. ' %}",
+    )},
+    "a part of the question": PARTS["llava-hf"].replace("content['text']", "content['text'][:10]"),
     "a wrong escape": STRINGS["vicuna v1.1"].replace("A chat", "A \\x chat"),
 }  # fmt: skip
