@@ -73,7 +73,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         monkeypatch.setattr(sys, "argv", ["precision", *args, str(tmp_path / name)])
         precision.main()
-        written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+        written.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.jsonl")})
     assert written[0] == written[1] and len(written[0]) == 12
     assert {1, 2} == set(seen) and torch.get_num_threads() == before
     table = capsys.readouterr().out.split("\n\n")[0].splitlines()

@@ -28,7 +28,7 @@ class Records:
     def __init__(self, path: Path, settings: dict):
         self.path = path
         self.rows: dict[str, dict] = {}
-        self._held = FileLock(f"{path}.lock")
+        self._held = FileLock(path.with_name(f".{path.name}.lock"))
         settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists then
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
