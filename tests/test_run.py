@@ -179,7 +179,7 @@ def test_note_of_the_chat_template(run, tmp_path, name, jinja, template):
 
 
 @pytest.mark.parametrize("args, without_output, without_errors", [  # exit statuses
-    (["run.py"], 141, 0), (["run.py", "--json"], 141, 0), (["run.py", "--trace", "--compare"], 141, 0),
+    (["run.py"], 141, 0), (["run.py", "--json"], 141, 0),
     (["run.py", "--chat", "--prompt", "Why?"], 141, 0), (["run.py", "--help"], 141, 0),
     (["run.py", "--stages", "x"], 2, 2), (["-m", "himap_ref.studies.bias", "--help"], 141, 0),
 ], ids=str)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -115,7 +116,8 @@ def planned_flops(model: Llava, method: Method, before: int, after: int) -> int:
 
 
 def equal_flops(model: Llava, examples: list[Example], budgets: list[float] | None) -> list[Entry]:
-    """For each budget (a share of vanilla) each family's schedule that comes nearest to it, if near enough.
+    """For each budget (a share of vanilla) each family's schedule that comes nearest to it, if near enough; in every
+    family a larger number costs more.
 
     Default budgets: the paper's schedule's share, and 0.85, 1.15 and 1.25 times it.
     """
@@ -127,18 +129,22 @@ def equal_flops(model: Llava, examples: list[Example], budgets: list[float] | No
     if budgets is None:
         paper = planned_flops(model, parse_method("himap-paper", model), before, after) / vanilla
         budgets = [paper * factor for factor in (0.85, 1, 1.15, 1.25)]
-    shares: dict[str, dict[str, float]] = {label: {} for label in families(model.config)}
-    for label, family in families(model.config).items():
-        for k in range(1, model.config.num_image_tokens if budgets else 1):  # all N tokens would be no stage
-            try:
-                method = parse_method(family(k), model)
-                shares[label][family(k)] = planned_flops(model, method, before, after) / vanilla
-            except HimapError:  # no such layer, side or number of tokens
-                continue
+
+    def share_of(text: str) -> float:
+        """Of vanilla; more than all where the model has no such layer, side or number of tokens."""
+        try:
+            return planned_flops(model, parse_method(text, model), before, after) / vanilla
+        except HimapError:
+            return 2.0
+
     for budget in sorted(budgets):
-        for label, by_text in shares.items():
-            nearest = min(by_text, key=lambda text: abs(by_text[text] - budget), default=None)
-            if nearest and abs(by_text[nearest] - budget) < NEAR:
+        for label, family in families(model.config).items():
+            numbers = range(3 if label == "VisionZip" else 1, model.config.num_image_tokens)  # all N would be no stage
+            texts = [family(k) for k in numbers]
+            above = bisect_left(texts, budget, key=share_of)
+            near = [texts[i] for i in (above - 1, above) if 0 <= i < len(texts)]
+            nearest = min(near, key=lambda text: abs(share_of(text) - budget))
+            if abs(share_of(nearest) - budget) < NEAR:
                 entries.append(Entry(f"equal FLOPs, {budget:.1%}", label, seeded(nearest)))
     return entries
 
