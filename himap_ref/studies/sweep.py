@@ -156,11 +156,11 @@ def short_table(lines: list[dict]) -> str:
     """What fits a terminal."""
     rows = [["", "FLOPs", "accuracy", "95 %", "over chance, points", "recall (chance)"]]
     for i, line in enumerate(lines):
-        if line["group"] != lines[i - 1]["group"]:
+        if line["group"] and line["group"] != lines[i - 1]["group"]:
             rows.append([f"-- {line['group']}", "", "", "", "", ""])
         accuracy, between = cells(line["accuracy"], line["interval"])
         over = signed(line["over_chance"])
-        rows.append([line["label"][:30], f"{line['ratio']:.1%}", accuracy, between, over, recall_cell(line)])
+        rows.append([line["label"][:44], f"{line['ratio']:.1%}", accuracy, between, over, recall_cell(line)])
     wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows)
 
