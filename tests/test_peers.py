@@ -134,3 +134,19 @@ def test_refused(tiny_llava, text):
     """More tokens than there are, or none: a traceback hours later."""
     with pytest.raises(HimapError):
         parse_method(text, tiny_llava())
+
+
+@pytest.mark.parametrize("text", ["cls:5", "divprune:5", "visionzip:10"])
+def test_chosen(tiny_llava, pixels, text):
+    """A picture of kept patches that shows others than those kept."""
+    model, reducer = tiny_llava(), parse_method(text, tiny_llava()).reducer
+    chosen = reducer.chosen(model, pixels[:1])
+    assert chosen.scores[chosen.kept].min() >= chosen.scores.topk(len(chosen.kept)).values.min()
+    with torch.no_grad():
+        got, all_tokens = reducer(model, pixels[:1])[0], model.embed_image(pixels[:1])[0]
+    start = 1 if text.startswith("visionzip") else 0  # behind the class token
+    assert_close(got[start : start + len(chosen.kept)], all_tokens[chosen.kept])
+
+
+def test_a_smaller_picture_chooses_nothing(tiny_llava, pixels):
+    assert Downsample(2).chosen(tiny_llava(), pixels) is None
