@@ -24,7 +24,7 @@ COPIED = ("himap_ref", "tests", "weights/shapes", "run.py", "README.md", "pyproj
 EXPLAINED = {
     "float reads any case": ('float("INF")', 'float("-INF")'),
     "torch's generator on the CPU looks at the lowest 32 bits": ("(1000 * seed + N) % 2**64",),
-    "slice(0, n)": ("slice(image.stop, n), slice(n)",),
+    "slice(0, n)": ("slice(image.stop, n), slice(n)", "slice(image.stop, n), slice(0, None)"),
     "zeros of the same shape": ("zeros_like(view.hidden[:, view.image, 1])",),
     "the last of two dimensions": (" scores.sort(dim=+1,", "order[:, :count].sort(dim=+1)", "logits.argmax(dim=+1)"),
     "as many by construction": tuple(f"zip({both}, {strict})" for strict in ("", "strict=False", "strict=None")

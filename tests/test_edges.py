@@ -1,5 +1,6 @@
 """Edges of the core that adversarial use found: what was accepted silently, spoiled, or ended in torch's own words."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -10,7 +11,7 @@ from test_flops import counted
 from torch.testing import assert_close
 
 import himap_ref.generation
-from himap_ref import HimapError, Stage, image_to_image, text_to_image
+from himap_ref import HimapError, Stage, TextConfig, image_to_image, text_to_image
 from himap_ref.cache import LayerCache
 from himap_ref.decoder import rope
 from himap_ref.flops import projector_flops, vision_flops
@@ -245,3 +246,35 @@ def test_a_prompt_of_image_tokens_alone(tiny_llava):
     """No words to look up: torch's own error about their type."""
     model = tiny_llava()
     assert model(torch.full((1, 16), 96), torch.zeros(1, 3, 20, 20)).logits.shape == (1, 97)
+
+
+def turned(position, channel, config):
+    """The angle of a channel at a position, by the words of the published rules, a number at a time."""
+    angle = position * config.rope_theta ** (-2 * channel / config.head_dim)
+    if config.rope_type == "default":
+        return angle
+    if config.rope_type == "linear":
+        return angle / config.factor
+    wavelength = 2 * math.pi * config.rope_theta ** (2 * channel / config.head_dim)  # LLaMA-3.1's
+    turns = config.original_max_position_embeddings / wavelength
+    if turns >= config.high_freq_factor:
+        return angle
+    if turns <= config.low_freq_factor:
+        return angle / config.factor
+    smooth = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    return (1 - smooth) * angle / config.factor + smooth * angle
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_longer_contexts(kind):
+    """Channels that turn faster for a longer context, not slower; slow ones taken for fast ones; no mixture between."""
+    config = TextConfig(
+        hidden_size=64, num_attention_heads=1, rope_type=kind, factor=8.0, original_max_position_embeddings=200,
+    )  # fmt: skip
+    cos, sin = rope(torch.tensor([[0, 1, 7, 300]]), config, torch.float32)
+    for i, position in enumerate((0, 1, 7, 300)):
+        for channel in range(32):
+            angle = turned(position, channel, config)
+            for half in (channel, channel + 32):
+                assert float(cos[0, i, 0, half]) == pytest.approx(math.cos(angle), abs=1e-4)
+                assert float(sin[0, i, 0, half]) == pytest.approx(math.sin(angle), abs=1e-4)
