@@ -9,7 +9,8 @@ from PIL import Image
 
 from ..assistant.picture import load_image
 from ..errors import HimapError
-from .scenes import Scene, draw
+from .drawing import draw
+from .scenes import Scene
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Example:
     number: int = 1  # among the questions under this id, of which TextVQA has several
     copies: int = 1  # entries of the file that say just this: asked once
     targets: tuple[int, ...] = ()  # of a scene: the patches that show what must be seen to answer
+    size: int = 0  # of a scene: how many patches the one thing asked for covers; 0: several things, or none
+    place: str = ""  # of a scene: where that thing is
     problem: str = ""  # why it cannot be asked at all, in the same words for all of a kind
 
     @property

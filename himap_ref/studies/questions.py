@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import HimapError
 from .examples import Example
 from .question_files import parse_questions
-from .scenes import CHOICE_HINT, KINDS, TEST, make_questions, make_scene
+from .scenes import CHOICE_HINT, KINDS, TEST, Question, Scene, make_questions, make_scene
 
 HINTS = {  # the line that LLaVA-1.5 was trained to see below such questions; the official files come without it
     "letter": CHOICE_HINT,
@@ -83,9 +83,13 @@ def scene_examples(count: int, first: int = TEST) -> list[Example]:
     examples = []
     for seed in range(first, first + count):
         scene = make_scene(seed)
-        by_kind = {question.kind: question for question in reversed(make_questions(scene, 30))}  # the first one stays
-        asked = [by_kind[kind] for kind in KINDS if kind in by_kind]
-        examples += [Example(f"{seed}-{q.kind}", q.text, (q.answer,), q.kind, scene) for q in asked]
+        by_kind = {question.kind: question for question in reversed(make_questions(scene, 60))}  # the first one stays
+        examples += [scene_example(scene, by_kind[kind]) for kind in KINDS if kind in by_kind]
     return examples
 
 
+def scene_example(scene: Scene, question: Question) -> Example:
+    about, kind = question.about, question.kind
+    size, place = (len(about.patches), about.place) if about else (0, "")
+    return Example(f"{scene.seed}-{kind}", question.text, (question.answer,), kind, scene,
+                   targets=question.targets, size=size, place=place)  # fmt: skip

@@ -1,9 +1,23 @@
-"""Drawn scenes of coloured shapes, and questions about them, to train and evaluate a tiny LLaVA.
+"""Drawn scenes and questions about them, on which a pruning idea can fail: to train and evaluate a tiny LLaVA.
 
-A scene is one to five shapes in distinct cells of a 3x3 grid over a pale background. Everything follows from the
-scene's integer seed: the layout, every pixel of the picture and (unless told otherwise) the questions, each from its
-own random stream, so that asking more questions never changes the picture. Training uses seeds below `UNSEEN`;
-seeds from `UNSEEN` up are kept for evaluation and never trained on.
+A scene is one to nine small things, and often a number, in distinct cells of a 3 x 3 grid over a pale background. A
+thing covers one to four of the picture's 144 patches, the number about four; many things share their colour or shape,
+so that it matters which of them is asked about. Every question knows its *target patches*: those that show what must
+be seen to answer it.
+
+    color     What color is the star? What color is the thing at the top left?
+    shape     What shape is the red thing? What shape is at the top left?
+    place     Where is the red star?
+    count     How many things are there? How many red things are there? How many stars are there?
+    yesno     Is there a red star? Is there a star? Is there anything at the top left?
+    choice    a color or shape question with four options
+    relation  What is left of the red star? (right of, above, below: the thing in the next cell)
+    reading   What number is written?
+    whole     What pattern is the background? Are there more red things or more blue things?
+
+Everything follows from the scene's integer seed: the layout, every pixel (drawing.py) and, unless told otherwise, the
+questions, each from its own random stream, so that asking more questions never changes the picture. Training uses
+seeds below `UNSEEN`; seeds from `UNSEEN` up are kept for evaluation and never trained on.
 
     python -m himap_ref.studies.scenes --seed 3 --out scene.png
 """
@@ -11,24 +25,23 @@ seeds from `UNSEEN` up are kept for evaluation and never trained on.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageOps
 
 from ..commands.files import check_writable, write_whole
 from ..commands.manners import run_command
 from ..errors import HimapError
 
-SIZE = 126  # pixels a side
-PATCH = 14  # pixels a side of one vision patch: 9 x 9 patches a picture, 3 x 3 a grid cell
+SIZE = 168  # pixels a side
+PATCH = 14  # pixels a side of one vision patch: 12 x 12 patches a picture, 4 x 4 a grid cell
+GRID = SIZE // PATCH
 CELL = SIZE // 3
-SMALLEST, LARGEST = 24, 36  # pixels a side of a thing
+SMALLEST, LARGEST = 11, 18  # pixels a side of a thing
+DIGIT_WIDTH, DIGIT_HEIGHT, DIGIT_PITCH, NUMBER_LENGTH = 10, 14, 14, 3  # the first three in pixels
 UNSEEN = 1_000_000_000  # seeds from here on are never trained on; up to TEST they check the training's progress
 TEST = UNSEEN + 1_000_000  # seeds from here on are for reported numbers
 
@@ -43,28 +56,39 @@ COLORS = {
     "cyan": (12, 196, 214),
     "black": (20, 20, 20),
 }
-COLOR_JITTER = 8  # RGB units either way: too little to turn one colour into another
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 BACKGROUNDS = ("plain", "gradient", "noise", "stripes", "grid")
+SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (rows, columns) to the next cell
 
 LETTERS = ("A", "B", "C", "D")
 CHOICE_HINT = "Answer with the option's letter from the given choices directly."
 
-Box = tuple[int, int, int, int]
-Color = tuple[int, int, int]
-Points = list[tuple[float, float]]
+Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, x1 and y1 excluded
+
+
+@lru_cache(1000)
+def patches_of(box: Box, least: float = 1 / 6) -> tuple[int, ...]:
+    """The patches, row by row, that hold at least this share of the box: of a thing one to four."""
+    x0, y0, x1, y1 = box
+    found = []
+    for row in range(y0 // PATCH, (y1 - 1) // PATCH + 1):
+        for column in range(x0 // PATCH, (x1 - 1) // PATCH + 1):
+            wide = min(x1, (column + 1) * PATCH) - max(x0, column * PATCH)
+            high = min(y1, (row + 1) * PATCH) - max(y0, row * PATCH)
+            if wide * high >= least * (x1 - x0) * (y1 - y0):
+                found.append(row * GRID + column)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape; `box` is its bounding box (x0, y0, x1, y1) in pixels, x1 and y1 excluded."""
+    """One coloured shape within its bounding box in a cell of the grid, counted row by row."""
 
     shape: str
     color: str
-    row: str
-    column: str
+    cell: int
     box: Box
 
     @property
@@ -73,7 +97,29 @@ class Thing:
 
     @property
     def place(self) -> str:
-        return f"{self.row} {self.column}"
+        return PLACES[self.cell]
+
+    @property
+    def patches(self) -> tuple[int, ...]:
+        return patches_of(self.box)
+
+
+@dataclass(frozen=True)
+class Number:
+    """Digits within their bounding box in a cell."""
+
+    digits: str
+    cell: int
+    box: Box
+
+    @property
+    def place(self) -> str:
+        return PLACES[self.cell]
+
+    @property
+    def patches(self) -> tuple[int, ...]:
+        """Those with at least a sixth of a digit."""
+        return patches_of(self.box, 1 / 6 / NUMBER_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -82,23 +128,31 @@ class Scene:
 
     seed: int
     things: tuple[Thing, ...]
+    number: Number | None
     background: str
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its one right answer; `options` holds what A, B, C and D stand for in a multiple choice."""
+    """A question with its one right answer, and what must be seen for it.
+
+    options: what A, B, C and D stand for in a multiple choice. targets: the patches that show what must be seen, ()
+    where nothing in particular must (the background; what is not there). about: the one thing asked for, if there is
+    one.
+    """
 
     kind: str
     text: str
     answer: str
     options: tuple[str, ...] = ()
+    targets: tuple[int, ...] = ()
+    about: Thing | Number | None = None
 
 
 # --- Scenes ----------------------------------------------------------------------------------------------------------
 
 
-def make_scene(seed: int, max_things: int = 5, min_things: int = 1) -> Scene:
+def make_scene(seed: int, max_things: int = 9, min_things: int = 1) -> Scene:
     """The scene of this seed, with a number of things uniform in min_things..max_things."""
     if seed < 0:
         raise ValueError("seed must not be negative: random.Random ignores the sign")
@@ -106,11 +160,12 @@ def make_scene(seed: int, max_things: int = 5, min_things: int = 1) -> Scene:
         raise ValueError(f"need 1 <= min_things <= max_things <= {len(PLACES)}")
     rng = random.Random(seed)
     count = rng.randint(min_things, max_things)
-    cells = sorted(rng.sample(range(len(PLACES)), count))
+    cells = rng.sample(range(len(PLACES)), len(PLACES))
     shapes = _pick_names(rng, SHAPES, count)
     colors = _pick_names(rng, tuple(COLORS), count)
-    things = tuple(_make_thing(rng, *looks) for looks in zip(shapes, colors, cells, strict=True))
-    return Scene(seed, things, rng.choice(BACKGROUNDS))
+    things = tuple(_make_thing(rng, *looks) for looks in zip(shapes, colors, sorted(cells[:count]), strict=True))
+    number = _make_number(rng, cells[count]) if count < len(PLACES) and rng.random() < 0.6 else None
+    return Scene(seed, things, number, rng.choice(BACKGROUNDS))
 
 
 def _pick_names(rng: random.Random, names: Sequence[str], count: int) -> list[str]:
@@ -121,122 +176,41 @@ def _pick_names(rng: random.Random, names: Sequence[str], count: int) -> list[st
 
 
 def _make_thing(rng: random.Random, shape: str, color: str, cell: int) -> Thing:
-    row, column = divmod(cell, len(COLUMNS))
     size = rng.randint(SMALLEST, LARGEST)
-    x = column * CELL + rng.randint(0, CELL - size)
-    y = row * CELL + rng.randint(0, CELL - size)
-    return Thing(shape, color, ROWS[row], COLUMNS[column], (x, y, x + size, y + size))
+    return Thing(shape, color, cell, _put(rng, cell, size, size))
 
 
-# --- Pictures --------------------------------------------------------------------------------------------------------
+def _make_number(rng: random.Random, cell: int) -> Number:
+    digits = "".join(rng.choices("0123456789", k=NUMBER_LENGTH))
+    width = (NUMBER_LENGTH - 1) * DIGIT_PITCH + DIGIT_WIDTH
+    return Number(digits, cell, _put(rng, cell, width, DIGIT_HEIGHT))
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The scene as a SIZE x SIZE RGB picture."""
-    rng = random.Random(f"picture {scene.seed}")
-    picture = _draw_background(rng, scene.background)
-    for thing in scene.things:
-        x0, _, x1, _ = thing.box
-        picture.paste(_jitter(rng, COLORS[thing.color]), thing.box, _mask(thing.shape, x1 - x0))
-    return picture
-
-
-def _jitter(rng: random.Random, color: Color) -> Color:
-    red, green, blue = (min(255, max(0, c + rng.randint(-COLOR_JITTER, COLOR_JITTER))) for c in color)
-    return red, green, blue
-
-
-def _draw_background(rng: random.Random, background: str) -> Image.Image:
-    """Two pale tones, blended by a pattern; always paler than any thing, so that no shape drowns in it."""
-    light, dark = _pale(rng, 236, 252), _pale(rng, 212, 230)
-    if background == "plain":
-        return Image.new("RGB", (SIZE, SIZE), rng.choice((light, dark)))
-    if background == "gradient":
-        pattern = Image.linear_gradient("L").resize((SIZE, SIZE))
-    elif background == "noise":
-        pattern = Image.frombytes("L", (SIZE, SIZE), rng.randbytes(SIZE * SIZE))
-    else:
-        pattern = _lines(rng, crossed=background == "grid")
-    return ImageOps.colorize(pattern, light, dark)
-
-
-def _pale(rng: random.Random, low: int, high: int) -> Color:
-    return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
-
-
-def _lines(rng: random.Random, crossed: bool) -> Image.Image:
-    """Thin crossed lines (a grid), or broad upright or level stripes."""
-    pattern = Image.new("L", (SIZE, SIZE), 0)
-    pen = ImageDraw.Draw(pattern)
-    step = rng.randint(10, 24)
-    width = 1 if crossed else step // 2
-    upright = rng.random() < 0.5
-    for start in range(rng.randrange(step) - step, SIZE, step):
-        if crossed or upright:
-            pen.rectangle((start, 0, start + width - 1, SIZE), fill=255)
-        if crossed or not upright:
-            pen.rectangle((0, start, SIZE, start + width - 1), fill=255)
-    return pattern
-
-
-@cache  # a pure function of 6 shapes x 13 sizes: a few hundred kilobytes at most
-def _mask(shape: str, size: int) -> Image.Image:
-    """The shape's coverage, drawn four times too large and averaged down for smooth edges."""
-    large = Image.new("L", (4 * size, 4 * size), 0)
-    last = 4 * size - 1
-    ImageDraw.Draw(large).polygon([(x * last, y * last) for x, y in _outline(shape)], fill=255)
-    return large.reduce(4)
-
-
-def _outline(shape: str) -> Points:
-    """The shape's corners, stretched to touch all four sides of the unit square (y points down)."""
-    turns = [2 * math.pi * i / 60 for i in range(60)]
-    if shape == "circle":
-        points = [(math.cos(t), math.sin(t)) for t in turns]
-    elif shape == "square":
-        points = [(0, 0), (1, 0), (1, 1), (0, 1)]
-    elif shape == "triangle":
-        points = [(0.5, 0), (1, 1), (0, 1)]
-    elif shape == "star":  # outer and inner corners in turn, the first one up
-        radii = [1.0 if i % 2 == 0 else 0.42 for i in range(10)]
-        points = [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
-    elif shape == "cross":
-        a, b = 1 / 3, 2 / 3
-        points = [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
-    elif shape == "heart":
-        points = [(16 * math.sin(t) ** 3, _heart_height(t)) for t in turns]
-    else:
-        raise ValueError(f"no such shape: {shape}")
-    return _stretch(points)
-
-
-def _heart_height(t: float) -> float:
-    return -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t)
-
-
-def _stretch(points: Points) -> Points:
-    xs, ys = zip(*points, strict=True)
-    left, top = min(xs), min(ys)
-    width, height = max(xs) - left, max(ys) - top
-    return [((x - left) / width, (y - top) / height) for x, y in points]
+def _put(rng: random.Random, cell: int, width: int, height: int) -> Box:
+    """A box of this size somewhere in the cell."""
+    row, column = divmod(cell, len(COLUMNS))
+    x = column * CELL + rng.randint(0, CELL - width)
+    y = row * CELL + rng.randint(0, CELL - height)
+    return x, y, x + width, y + height
 
 
 # --- Questions -------------------------------------------------------------------------------------------------------
 
 
-def make_questions(scene: Scene, count: int, seed: int | None = None) -> list[Question]:
+def make_questions(scene: Scene, count: int, seed: int | None = None, kinds: Sequence[str] = ()) -> list[Question]:
     """Up to `count` different questions, their kinds uniform among those the scene allows.
 
     Fewer come back only when the scene has no more to ask, as a scene with one thing may for a large count.
+    kinds: those to choose from, as often as they are named; default: each once.
     """
     rng = random.Random(f"questions {scene.seed if seed is None else seed}")
-    kinds = list(KINDS)
+    kinds = list(kinds or KINDS)
     questions: dict[tuple[str, str], Question] = {}
     while kinds and len(questions) < count:
         kind = rng.choice(kinds)
         fresh = _ask_afresh(kind, scene, rng, questions)
         if fresh is None:
-            kinds.remove(kind)
+            kinds = [other for other in kinds if other != kind]
         else:
             questions[_essence(fresh)] = fresh
     return list(questions.values())
@@ -260,19 +234,24 @@ def _essence(question: Question) -> tuple[str, str]:
 
 def _ask_color(scene: Scene, rng: random.Random) -> Question | None:
     things = _alone(scene, lambda thing: thing.shape)
-    if not things:
-        return None
-    thing = rng.choice(things)
-    return Question("color", f"What color is the {thing.shape}?", thing.color)
+    if things and rng.random() < 0.5:
+        thing = rng.choice(things)
+        text = f"What color is the {thing.shape}?"
+    else:  # a place holds at most one thing, so this is always unambiguous
+        thing = rng.choice(scene.things)
+        text = f"What color is the thing at the {thing.place}?"
+    return _about(thing, "color", text, thing.color)
 
 
 def _ask_shape(scene: Scene, rng: random.Random) -> Question | None:
     things = _alone(scene, lambda thing: thing.color)
     if things and rng.random() < 0.5:
         thing = rng.choice(things)
-        return Question("shape", f"What shape is the {thing.color} object?", thing.shape)
-    thing = rng.choice(scene.things)  # a place holds at most one thing, so this is always unambiguous
-    return Question("shape", f"What shape is at the {thing.place}?", thing.shape)
+        text = f"What shape is the {thing.color} thing?"
+    else:
+        thing = rng.choice(scene.things)
+        text = f"What shape is at the {thing.place}?"
+    return _about(thing, "shape", text, thing.shape)
 
 
 def _ask_place(scene: Scene, rng: random.Random) -> Question | None:
@@ -281,32 +260,37 @@ def _ask_place(scene: Scene, rng: random.Random) -> Question | None:
     if not by_name:  # a unique shape has a unique name too, so there is nothing by shape either
         return None
     name, thing = rng.choice(by_shape if by_shape and rng.random() < 0.5 else by_name)
-    return Question("place", f"Where is the {name}?", thing.place)
+    return _about(thing, "place", f"Where is the {name}?", thing.place)
+
+
+def _about(thing: Thing | Number, kind: str, text: str, answer: str) -> Question:
+    return Question(kind, text, answer, targets=thing.patches, about=thing)
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Question | None:
-    about = rng.choice(("objects", "color", "shape"))
-    if about == "objects":
-        return Question("count", "How many objects are there?", str(len(scene.things)))
-    if about == "color":
-        name, number = _pick_counted(rng, COLORS, [thing.color for thing in scene.things])
-        return Question("count", f"How many {name} objects are there?", str(number))
-    name, number = _pick_counted(rng, SHAPES, [thing.shape for thing in scene.things])
-    return Question("count", f"How many {_plural(name)} are there?", str(number))
+    about = rng.choice(("things", "color", "shape"))
+    if about == "things":
+        counted, what = list(scene.things), "things"
+    else:
+        names = COLORS if about == "color" else SHAPES
+        name = _pick_counted(rng, names, [getattr(thing, about) for thing in scene.things])
+        counted = [thing for thing in scene.things if getattr(thing, about) == name]
+        what = f"{name} things" if about == "color" else _plural(name)
+    return Question("count", f"How many {what} are there?", str(len(counted)), targets=_patches(counted))
 
 
-def _pick_counted(rng: random.Random, names: Iterable[str], present: list[str]) -> tuple[str, int]:
-    """A name and how often it is present: seldom zero times, and otherwise the more often the likelier.
+def _pick_counted(rng: random.Random, names: Iterable[str], present: list[str]) -> str:
+    """A name that is seldom absent, and otherwise the more often present the likelier.
 
     Left to chance, nearly all answers would be one: many names are present once, few are present often.
     """
     counts = Counter(present)
     absent = [name for name in names if name not in counts]
-    if absent and rng.random() < 0.2:
-        return rng.choice(absent), 0
+    if absent and rng.random() < 0.15:
+        return rng.choice(absent)
     numbers = sorted(set(counts.values()))
     number = rng.choices(numbers, weights=[n * n for n in numbers])[0]
-    return rng.choice([name for name in counts if counts[name] == number]), number
+    return rng.choice([name for name in counts if counts[name] == number])
 
 
 def _ask_yesno(scene: Scene, rng: random.Random) -> Question | None:
@@ -316,14 +300,18 @@ def _ask_yesno(scene: Scene, rng: random.Random) -> Question | None:
     present = {getattr(thing, about) for thing in scene.things}
     if about == "name":
         candidates = sorted(present) if yes else _absent_names(scene, hard=rng.random() < 0.5)
-    else:
-        everything = SHAPES if about == "shape" else PLACES
-        candidates = [name for name in everything if (name in present) == yes]
+    elif about == "shape":
+        candidates = [name for name in SHAPES if (name in present) == yes]
+    else:  # a number is no thing, but it is something
+        present |= {PLACES[scene.number.cell]} if scene.number else set()
+        candidates = [name for name in PLACES if (name in present) == yes]
     if not candidates:  # only crowded scenes: every shape is there, or no cell is free
         return None
     name = rng.choice(candidates)
     text = f"Is there anything at the {name}?" if about == "place" else f"Is there {_with_article(name)}?"
-    return Question("yesno", text, "yes" if yes else "no")
+    shown = [thing for thing in scene.things if getattr(thing, about) == name]
+    targets = scene.number.patches if yes and not shown and scene.number else _patches(shown)
+    return Question("yesno", text, "yes" if yes else "no", targets=targets)
 
 
 def _absent_names(scene: Scene, hard: bool) -> list[str]:
@@ -341,9 +329,7 @@ def _absent_names(scene: Scene, hard: bool) -> list[str]:
 
 def _ask_choice(scene: Scene, rng: random.Random) -> Question | None:
     """A colour or shape question with four options to choose from."""
-    asks = [_ask_color, _ask_shape]
-    rng.shuffle(asks)
-    plain = asks[0](scene, rng) or asks[1](scene, rng)
+    plain = rng.choice((_ask_color, _ask_shape))(scene, rng)
     if plain is None:
         return None
     in_scene = {getattr(thing, plain.kind) for thing in scene.things}
@@ -351,7 +337,7 @@ def _ask_choice(scene: Scene, rng: random.Random) -> Question | None:
     options = _pick_options(rng, names, plain.answer, in_scene if rng.random() < 0.5 else set())
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
     text = "\n".join([plain.text, *lines, CHOICE_HINT])
-    return Question("choice", text, LETTERS[options.index(plain.answer)], options)
+    return Question("choice", text, LETTERS[options.index(plain.answer)], options, plain.targets, plain.about)
 
 
 def _pick_options(rng: random.Random, names: Iterable[str], answer: str, preferred: set[str]) -> tuple[str, ...]:
@@ -364,10 +350,48 @@ def _pick_options(rng: random.Random, names: Iterable[str], answer: str, preferr
     return tuple(options)
 
 
+def _ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+    """What is in the cell beside a thing whose name no other thing has."""
+    at = {divmod(thing.cell, len(COLUMNS)): thing for thing in scene.things}
+    pairs = []
+    for anchor in _alone(scene, lambda thing: thing.name):
+        row, column = divmod(anchor.cell, len(COLUMNS))
+        for side, (down, right) in SIDES.items():
+            if found := at.get((row + down, column + right)):
+                pairs.append((anchor, side, found))
+    if not pairs:
+        return None
+    anchor, side, found = rng.choice(pairs)
+    text = f"What is {side} the {anchor.name}?"
+    return Question("relation", text, found.name, targets=_patches([anchor, found]), about=found)
+
+
+def _ask_reading(scene: Scene, rng: random.Random) -> Question | None:
+    if scene.number is None:
+        return None
+    return _about(scene.number, "reading", "What number is written?", scene.number.digits)
+
+
+def _ask_whole(scene: Scene, rng: random.Random) -> Question | None:
+    counts = Counter(thing.color for thing in scene.things)
+    pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
+    if pairs and rng.random() < 0.75:
+        more, fewer = rng.choice(pairs)
+        first, second = rng.sample((more, fewer), 2)
+        text = f"Are there more {first} things or more {second} things?"
+        compared = [thing for thing in scene.things if thing.color in (more, fewer)]
+        return Question("whole", text, more, targets=_patches(compared))
+    return Question("whole", "What pattern is the background?", scene.background)
+
+
 def _alone(scene: Scene, key: Callable[[Thing], str]) -> list[Thing]:
     """The things whose key no other thing of the scene has."""
     counts = Counter(map(key, scene.things))
     return [thing for thing in scene.things if counts[key(thing)] == 1]
+
+
+def _patches(things: Sequence[Thing]) -> tuple[int, ...]:
+    return tuple(sorted({patch for thing in things for patch in thing.patches}))
 
 
 def _plural(noun: str) -> str:
@@ -385,14 +409,19 @@ _ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "count": _ask_count,
     "yesno": _ask_yesno,
     "choice": _ask_choice,
+    "relation": _ask_relation,
+    "reading": _ask_reading,
+    "whole": _ask_whole,
 }
 KINDS = tuple(_ASK)
 
 
 def main() -> None:
+    from .drawing import draw  # which needs this module
+
     parser = argparse.ArgumentParser(description="Draw the scene of a seed and print questions about it.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=8, help="how many questions to ask")
+    parser.add_argument("--count", type=int, default=12, help="how many questions to ask")
     parser.add_argument("--out", type=Path, default="scene.png", help="where to write the picture")
     args = parser.parse_args()
     if args.seed < 0:

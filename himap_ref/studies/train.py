@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,10 +42,24 @@ from ..decoder import DecoderLayer, rope
 from ..errors import HimapError
 from ..image import ImageProcessor
 from ..prompt import TEMPLATES
+from .drawing import draw
 from .hub_layout import folder_files
-from .scenes import COLORS, COLUMNS, KINDS, PATCH, ROWS, SHAPES, SIZE, UNSEEN, Scene, draw, make_questions, make_scene
+from .scenes import (
+    COLORS,
+    COLUMNS,
+    GRID,
+    KINDS,
+    PATCH,
+    ROWS,
+    SHAPES,
+    SIZE,
+    UNSEEN,
+    Scene,
+    make_questions,
+    make_scene,
+    patches_of,
+)
 
-GRID = SIZE // PATCH
 TEMPLATE = TEMPLATES["shapes"]
 SYSTEM = TEMPLATE.split("<image>")[0]
 NOTE = (
@@ -54,11 +68,13 @@ NOTE = (
 )
 SCHEDULE = "4:0.5:text_to_image,8:0.5:image_to_image"  # himap.json: what the sweep found to suit this model best
 EXAMPLE_SEED = UNSEEN + 10
-TEXT_BUDGET = 112  # tokens of questions and answers per picture
+BLOCKS, BLOCK = 4, 58  # of questions and answers per picture; tokens in a block, the longest question is shorter
+BATCH = 16
 MEAN, STD = 0.5, 0.5
-# Counting and multiple choice come last: from this step on they weigh double. The last entry is </s>.
-SLOW_KINDS_FROM = 1500
-SLOW_KINDS = torch.tensor([2.0 if kind in ("count", "choice") else 1.0 for kind in KINDS] + [1.0])
+THINGS = ((0, 2), (250, 3), (500, 5), (1000, 9))  # from this step on up to so many in a scene
+ALIGN_WEIGHT = 0.1  # of the first phase's loss in the second
+QUESTIONS = 26  # made for a scene, of which about 16 fit
+ASKED = (*KINDS, "count", "count", "choice", "relation", "relation")  # those that come last are asked more often
 
 
 # ---------------------------------------------------------------- tokenizer and shape of the model
@@ -67,7 +83,8 @@ SLOW_KINDS = torch.tensor([2.0 if kind in ("count", "choice") else 1.0 for kind 
 def build_tokenizer(vocab_size: int = 512) -> Tokenizer:
     """Byte-level BPE over the questions' own words: any text has ids, common words have one."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")  # digit by digit, as LLaMA's tokenizer has numbers
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -84,7 +101,7 @@ def build_tokenizer(vocab_size: int = 512) -> Tokenizer:
 
 def _corpus(pictures: int) -> Iterator[str]:
     for seed in range(pictures):
-        for question in make_questions(make_scene(seed), 8):
+        for question in make_questions(make_scene(seed), 12):
             yield TEMPLATE.replace("<image>", "").replace("{question}", question.text) + " " + question.answer
 
 
@@ -147,44 +164,43 @@ class Scenes(Dataset):
         return {"pixels": pixels, "words": patch_words(scene), **self.pack(scene)}
 
     def pack(self, scene: Scene) -> dict[str, Tensor]:
-        """As many questions as fit the budget, one after the other; segment 0 is padding, a question 1, 2, ..."""
-        columns: dict[str, list[int]] = {name: [] for name in ("ids", "segment", "place", "target", "kind")}
-        questions = make_questions(scene, 14, seed=scene.seed)
-        for number, question in enumerate(questions, 1):
+        """As many questions as fit the blocks, one after the other; segment 0 is padding, a question 1, 2, ..."""
+        fill = {"ids": 0, "segment": 0, "place": 0, "target": -100, "kind": -1}
+        blocks: list[dict[str, list[int]]] = [{name: [] for name in fill} for _ in range(BLOCKS)]
+        for number, question in enumerate(make_questions(scene, QUESTIONS, kinds=ASKED), 1):
             asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
             answer = self.tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids
             ids = asked + answer  # </s> is a target only: nothing follows it
-            if len(columns["ids"]) + len(ids) > TEXT_BUDGET:
+            block = next((block for block in blocks if len(block["ids"]) + len(ids) <= BLOCK), None)
+            if block is None:
                 continue
             eos = cast(int, self.tokenizer.token_to_id("</s>"))  # build_tokenizer made it
-            columns["ids"] += ids
-            columns["segment"] += [number] * len(ids)
-            columns["place"] += range(len(ids))
-            columns["target"] += [-100] * (len(asked) - 1) + answer + [eos]
-            columns["kind"] += [-1] * (len(asked) - 1) + [KINDS.index(question.kind)] * len(answer) + [len(KINDS)]
-        padding = TEXT_BUDGET - len(columns["ids"])
-        fill = {"ids": 0, "segment": 0, "place": 0, "target": -100, "kind": -1}
-        return {name: torch.tensor(values + [fill[name]] * padding) for name, values in columns.items()}
+            block["ids"] += ids
+            block["segment"] += [number] * len(ids)
+            block["place"] += range(len(ids))
+            block["target"] += [-100] * (len(asked) - 1) + answer + [eos]
+            block["kind"] += [-1] * (len(asked) - 1) + [KINDS.index(question.kind)] * len(answer) + [len(KINDS)]
+        rows = {
+            name: [block[name] + [each] * (BLOCK - len(block[name])) for block in blocks] for name, each in fill.items()
+        }
+        return {name: torch.tensor(row).flatten() for name, row in rows.items()}
 
 
-WORDS = (tuple(COLORS), SHAPES, ROWS, COLUMNS)
+WORDS = (tuple(COLORS), SHAPES, ROWS, COLUMNS, ("thing", "things"))
 
 
 def patch_words(scene: Scene) -> Tensor:
-    """(GRID * GRID, 4): which colour, shape, row and column word each patch shows; -100 where less than a quarter of it
-    lies within a thing's box."""
-    words = torch.full((GRID, GRID, 4), -100)
+    """(GRID * GRID, 5): which colour, shape, row and column word each patch of a thing shows; -100 for all others.
+
+    The last: 0 for the patch that holds most of its thing, 1 for its others, so that a thing can be counted once.
+    """
+    words = torch.full((GRID * GRID, len(WORDS)), -100)
     for thing in scene.things:
-        x0, y0, x1, y1 = thing.box
-        own = (thing.color, thing.shape, thing.row, thing.column)
-        values = torch.tensor([group.index(word) for group, word in zip(WORDS, own, strict=True)])
-        for row in range(GRID):
-            for column in range(GRID):
-                wide = min(x1, (column + 1) * PATCH) - max(x0, column * PATCH)
-                high = min(y1, (row + 1) * PATCH) - max(y0, row * PATCH)
-                if wide > 0 and high > 0 and wide * high >= PATCH * PATCH / 4:
-                    words[row, column] = values
-    return words.flatten(0, 1)
+        own = (thing.color, thing.shape, *thing.place.split(), "things")
+        words[list(thing.patches)] = torch.tensor([group.index(word) for group, word in zip(WORDS, own, strict=True)])
+        most = next(patches for share in range(95, 0, -5) if (patches := patches_of(thing.box, share / 100)))
+        words[most[0], -1] = 0
+    return words
 
 
 def to_pixel_values(pixels: Tensor) -> Tensor:
@@ -195,50 +211,67 @@ def to_pixel_values(pixels: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the two losses
 
 
-def align_loss(model: Llava, batch: dict, vectors: list[Tensor]) -> Tensor:
-    """Each patch picks its words by cosine, one cross-entropy for each of the four groups of `WORDS`."""
-    embeds = F.normalize(model.embed_image(to_pixel_values(batch["pixels"])), dim=-1)  # (B, N, d)
+def align_loss(image: Tensor, batch: dict, vectors: list[Tensor]) -> Tensor:
+    """Each patch's (B, N, d) token picks its words by cosine, one cross-entropy for each of the groups of `WORDS`."""
+    embeds = F.normalize(image.float(), dim=-1)
     logits = [(embeds @ F.normalize(group, dim=-1).T * 20).flatten(0, 1) for group in vectors]
     targets = batch["words"].flatten(0, 1).unbind(-1)
     return cast(Tensor, sum(F.cross_entropy(x, y, ignore_index=-100) for x, y in zip(logits, targets, strict=True)))
 
 
-StepLayer = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor], Tensor]
+StepLayer = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def layer_forward(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-    """One decoder layer with softmax written out: on a CPU its backward is faster than the fused kernel's."""
+def layer_forward(
+    layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor, blocks: Tensor
+) -> Tensor:  # fmt: skip
+    """One decoder layer over (B, P + BLOCKS * BLOCK, d): the P rows that all share, then the questions.
+
+    A block of questions sees those P rows and itself: half of the work of all rows over all keys. before: (P, P),
+    blocks: (B, 1, BLOCKS, BLOCK, P + BLOCK), both added to the logits. Softmax is written out: on a CPU its backward
+    is faster than the fused kernel's.
+    """
+    shared = len(before)
     parts = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
-    q, k, v = (part.transpose(1, 2) for part in parts)  # (B, h, T, c)
-    a = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(dim=-1)
-    x = x + layer.self_attn.o_proj((a @ v).transpose(1, 2).flatten(2))
+    q, k, v = (part.transpose(1, 2).to(before.dtype) for part in parts)  # (B, h, T, c)
+    with torch.autocast("cpu", enabled=False):
+        q = q * q.shape[-1] ** -0.5
+        first = (q[:, :, :shared] @ k[:, :, :shared].mT + before).softmax(dim=-1) @ v[:, :, :shared]
+        k, v = (
+            torch.cat(
+                (t[:, :, None, :shared].expand(-1, -1, BLOCKS, -1, -1), t[:, :, shared:].unflatten(2, (BLOCKS, -1))), 3
+            )
+            for t in (k, v)
+        )  # (B, h, BLOCKS, P + BLOCK, c)
+        rest = (q[:, :, shared:].unflatten(2, (BLOCKS, -1)) @ k.mT + blocks).softmax(dim=-1) @ v
+        out = torch.cat((first, rest.flatten(2, 3)), dim=2)
+    x = x + layer.self_attn.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def answer_loss(
-    model: Llava, batch: dict, prefix: Tensor, step_layer: StepLayer = layer_forward, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of the answers' tokens, `weights` by kind. Returns loss, hit per target and kind per target."""
+    model: Llava, batch: dict, prefix: Tensor, step_layer: StepLayer = layer_forward
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy of the answers' tokens. Returns loss, hit per target, kind per target, and the image tokens."""
     decoder, B = model.language_model, len(batch["ids"])
     image = model.embed_image(to_pixel_values(batch["pixels"]))
     before = decoder.embed_tokens(prefix).expand(B, -1, -1)
     x = torch.cat((before, image, decoder.embed_tokens(batch["ids"])), dim=1)  # (B, T, d)
     start = before.shape[1] + image.shape[1]
     positions = torch.cat((torch.arange(start).expand(B, -1), start + batch["place"]), dim=1)
-    segment = F.pad(batch["segment"], (start, 0), value=-1)  # -1: system and image, seen by all
-    order = torch.arange(x.shape[1])
-    visible = (segment[:, None, :] == -1) | (segment[:, None, :] == segment[:, :, None])
-    visible &= order[:, None] >= order
-    bias = torch.zeros(visible.shape).masked_fill_(~visible, -1e9)[:, None]
+    low = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+    causal = torch.full((start, start), -1e9).triu(1).to(low)
+    segment = batch["segment"].view(B, 1, BLOCKS, BLOCK)
+    hidden = (segment[..., :, None] != segment[..., None, :]) | torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
+    blocks = F.pad(torch.zeros(hidden.shape).masked_fill_(hidden, -1e9), (start, 0)).to(low)  # all see what is shared
     cos, sin = rope(positions, decoder.config, x.dtype)
     for layer in decoder.layers:
-        x = step_layer(layer, x, cos, sin, bias)
+        x = step_layer(layer, x, cos, sin, causal, blocks)
     where = batch["target"] >= 0
     logits = decoder.logits(decoder.norm(x[:, start:][where]))
     target, kind = batch["target"][where], batch["kind"][where]
-    weight = torch.ones(len(target)) if weights is None else weights[kind]
-    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
-    return loss, logits.argmax(-1) == target, kind
+    loss = F.cross_entropy(logits.float(), target)
+    return loss, logits.argmax(-1) == target, kind, image
 
 
 # ---------------------------------------------------------------- optimiser
@@ -246,18 +279,17 @@ def answer_loss(
 
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     """Nearly the closest orthogonal matrix to each of (k, rows, columns), by Newton-Schulz (Muon, K. Jordan 2024)."""
-    x = update / (update.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (update / (update.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).float()
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix updates are orthogonalised. torch's own rounds to bf16, slow on CPUs without bf16 units;
-    this one stays in fp32 and takes all matrices of one shape at once."""
+    """Momentum whose matrix updates are orthogonalised; unlike torch's own, all matrices of one shape at once."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         params = sorted(params, key=lambda p: tuple(p.shape))
@@ -371,14 +403,14 @@ def evaluate(model: Llava, loader: DataLoader, prefix: Tensor, step_layer: StepL
     """Share of the answers' tokens that would be chosen greedily, by kind of question, on unseen scenes."""
     hits, total = torch.zeros(len(KINDS) + 1), torch.zeros(len(KINDS) + 1)  # the last one: </s>
     for batch in loader:
-        _, hit, kind = answer_loss(model, batch, prefix, step_layer)
+        _, hit, kind, _ = answer_loss(model, batch, prefix, step_layer)
         hits.index_add_(0, kind, hit.float())
         total.index_add_(0, kind, torch.ones_like(hit, dtype=torch.float))
     return {name: round((hits[i] / total[i]).item(), 4) for i, name in enumerate(KINDS)}
 
 
 def run_phase(
-    phase: Phase, model: Llava, tokenizer: Tokenizer, loss_of: Callable[[dict, int], Tensor],
+    phase: Phase, model: Llava, tokenizer: Tokenizer, loss_of: Callable[[dict], Tensor],
     check: Callable[[int], None], state_path: Path, state: dict | None,
 ) -> None:  # fmt: skip
     """Trains from the saved step, or from 0, to the phase's end; `check` is called after each save."""
@@ -394,7 +426,7 @@ def run_phase(
     for step, batch in enumerate(progress, first):
         for group in (group for opt in opts for group in opt.param_groups):
             group["lr"] = phase.lr * learning_rate(step, phase.steps)
-        loss = loss_of(batch, step)
+        loss = loss_of(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -420,21 +452,23 @@ def train(args: argparse.Namespace) -> None:
     if args.compile:
         for layer in model.vision_tower.layers:
             layer.compile()
-    unseen = DataLoader(Scenes(Plan(UNSEEN, ((0, 5),), 32), tokenizer, 256), batch_size=32)
+    unseen = DataLoader(Scenes(Plan(UNSEEN, ((0, 9),), 32), tokenizer, 256), batch_size=32)
 
-    def align(batch: dict, step: int) -> Tensor:
-        return align_loss(model, batch, vectors)
+    def align(batch: dict) -> Tensor:
+        return align_loss(model.embed_image(to_pixel_values(batch["pixels"])), batch, vectors)
 
-    def answer(batch: dict, step: int) -> Tensor:
-        return answer_loss(model, batch, prefix, step_layer, SLOW_KINDS if step >= SLOW_KINDS_FROM else None)[0]
+    def answer(batch: dict) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss, _, _, image = answer_loss(model, batch, prefix, step_layer)
+        return loss + ALIGN_WEIGHT * align_loss(image, batch, vectors)
 
     def check(step: int) -> None:
         print(json.dumps({"step": step, "unseen": evaluate(model, unseen, prefix, step_layer)}), flush=True)
 
     if state is None or state["phase"] == "align":
-        phase = Phase("align", args.align_steps, 32, 2e-3, Plan(0, ((0, 5),), 32))
+        phase = Phase("align", args.align_steps, 32, 2e-3, Plan(0, ((0, 9),), 32))
         run_phase(phase, model, tokenizer, align, lambda step: None, args.state, state)
-    phase = Phase("answer", args.steps, 32, args.lr, Plan(100_000_000, ((0, 2), (300, 3), (600, 5)), 32))
+    phase = Phase("answer", args.steps, BATCH, args.lr, Plan(100_000_000, THINGS, BATCH))
     run_phase(phase, model, tokenizer, answer, check, args.state, state)
     export(model.eval(), tokenizer, args.out)
 
@@ -447,6 +481,9 @@ def main() -> None:
     parser.add_argument("--align-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="matrix products, not weights"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     if not (0 < args.lr <= 1 and max(args.steps, args.align_steps) <= 10**6 and min(args.steps, args.align_steps) >= 0):
