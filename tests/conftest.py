@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from himap_ref import LlamaDecoder, Llava, LlavaConfig, TextConfig, VisionConfig
-from himap_ref.studies.scenes import UNSEEN, draw, make_scene
+from himap_ref.studies.drawing import draw
+from himap_ref.studies.scenes import UNSEEN, make_scene
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

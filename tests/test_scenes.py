@@ -1,0 +1,193 @@
+"""Drawn scenes: every question has its one right answer, and its target patches are where it can be seen."""
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import pytest
+from PIL import Image, ImageChops
+
+from himap_ref.studies.drawing import DIGITS, draw
+from himap_ref.studies.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    COLUMNS,
+    GRID,
+    KINDS,
+    PATCH,
+    PLACES,
+    ROWS,
+    SHAPES,
+    SIZE,
+    TEST,
+    make_questions,
+    make_scene,
+)  # fmt: skip
+
+SCENES = [make_scene(seed) for seed in range(TEST, TEST + 300)]
+ASKED = [(scene, question) for scene in SCENES for question in make_questions(scene, 40)]
+SHAPE, COLOR = "|".join(SHAPES), "|".join(COLORS)
+PLACE = "|".join(PLACES)
+
+
+def seen(scene):
+    """What is where, by row and column."""
+    return {divmod(PLACES.index(thing.place), 3): (thing.color, thing.shape) for thing in scene.things}
+
+
+def those(scene, color=None, shape=None):
+    return [at for at, (c, s) in seen(scene).items() if color in (None, c) and shape in (None, s)]
+
+
+def only(found):
+    assert len(found) == 1, "the question has more than one answer"
+    return found[0]
+
+
+def place_at(text):
+    row, column = text.split()
+    return ROWS.index(row), COLUMNS.index(column)
+
+
+def answer_by_hand(scene, text):
+    """The answer as a reader of the question would find it; each form of question on its own, from its words alone."""
+    at, counts = seen(scene), Counter(color for color, _ in seen(scene).values())
+    if m := re.fullmatch(rf"What color is the ({SHAPE})\?", text):
+        return at[only(those(scene, shape=m[1]))][0]
+    if m := re.fullmatch(rf"What color is the thing at the ({PLACE})\?", text):
+        return at[place_at(m[1])][0]
+    if m := re.fullmatch(rf"What shape is the ({COLOR}) thing\?", text):
+        return at[only(those(scene, color=m[1]))][1]
+    if m := re.fullmatch(rf"What shape is at the ({PLACE})\?", text):
+        return at[place_at(m[1])][1]
+    if m := re.fullmatch(rf"Where is the (?:({COLOR}) )?({SHAPE})\?", text):
+        row, column = only(those(scene, m[1], m[2]))
+        return f"{ROWS[row]} {COLUMNS[column]}"
+    if m := re.fullmatch(rf"How many (?:({COLOR}) )?things are there\?", text):
+        return str(len(those(scene, color=m[1])))
+    if m := re.fullmatch(rf"How many ({SHAPE})e?s are there\?", text):
+        return str(len(those(scene, shape=m[1])))
+    if m := re.fullmatch(rf"Is there an? (?:({COLOR}) )?({SHAPE})\?", text):
+        return "yes" if those(scene, m[1], m[2]) else "no"
+    if m := re.fullmatch(rf"Is there anything at the ({PLACE})\?", text):
+        number = {divmod(scene.number.cell, 3)} if scene.number else set()
+        return "yes" if place_at(m[1]) in {*at, *number} else "no"
+    if m := re.fullmatch(rf"What is (left of|right of|above|below) the ({COLOR}) ({SHAPE})\?", text):
+        row, column = only(those(scene, m[2], m[3]))
+        down, right = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[m[1]]
+        return " ".join(at[row + down, column + right])
+    if text == "What number is written?":
+        return scene.number.digits
+    if text == "What pattern is the background?":
+        return scene.background
+    if m := re.fullmatch(rf"Are there more ({COLOR}) things or more ({COLOR}) things\?", text):
+        assert counts[m[1]] != counts[m[2]]
+        return max(m[1], m[2], key=counts.__getitem__)
+    raise AssertionError(f"no form of question: {text}")
+
+
+def test_every_answer_is_the_one_right_answer():
+    """A question that fits two things, a count of the wrong ones, a neighbour on the wrong side."""
+    for scene, question in ASKED:
+        first, *lines = question.text.split("\n")
+        expected = answer_by_hand(scene, first)
+        if question.kind == "choice":
+            assert lines[:4] == [f"{letter}. {text}" for letter, text in zip("ABCD", question.options, strict=True)]
+            assert question.options.count(expected) == 1 and len(set(question.options)) == 4
+            expected = "ABCD"[question.options.index(expected)]
+        assert question.answer == expected, question
+
+
+def shown(scene, text):
+    """Where that can be seen which the question is about: the places of its things, by hand."""
+    if m := re.search(rf"at the ({PLACE})\?", text):
+        return [place_at(m[1])] if place_at(m[1]) in seen(scene) else []
+    if m := re.match(rf"Are there more ({COLOR}) things or more ({COLOR})", text):
+        return those(scene, m[1]) + those(scene, m[2])
+    if m := re.match(rf"What is (left of|right of|above|below) the ({COLOR}) ({SHAPE})", text):
+        row, column = those(scene, m[2], m[3])[0]
+        down, right = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[m[1]]
+        return [(row, column), (row + down, column + right)]
+    if text in ("What number is written?", "What pattern is the background?"):
+        return []
+    color, shape = (re.search(rf"\b({names})", text) for names in (COLOR, SHAPE))
+    return those(scene, color and color[1], shape and shape[1])
+
+
+def test_targets_are_the_patches_that_show_it():
+    """Targets of another thing, of the whole cell, rows and columns exchanged: held against the pixels themselves."""
+    held = total = 0
+    for scene, question in ASKED[::7]:
+        wanted = shown(scene, question.text.split("\n")[0])
+        things = [thing for thing in scene.things if divmod(thing.cell, 3) in wanted]
+        number = scene.number if question.kind == "reading" else None
+        if question.kind == "yesno" and not things and question.answer == "yes":
+            number = scene.number
+        missing = tuple(thing for thing in scene.things if thing not in things)
+        without = replace(scene, things=missing, number=None if number else scene.number)
+        difference = ImageChops.difference(draw(scene), draw(without)).convert("L")
+        per_patch = pixels_by_patch(difference.point(lambda x: 255 * (x > 24)))  # less is another jitter of the colours
+        assert all(per_patch[patch] for patch in question.targets)
+        assert len(question.targets) <= 4 * len(things) + 8 * bool(number)
+        inside = sum(per_patch[patch] for patch in question.targets)
+        assert inside >= 0.45 * sum(per_patch.values())  # of the box a sixth: a triangle's foot may hold more of it
+        total += sum(per_patch.values())
+        held += inside
+    assert held > 0.9 * total
+
+
+def pixels_by_patch(mask: Image.Image):
+    boxes = {row * GRID + column: (column * PATCH, row * PATCH) for row in range(GRID) for column in range(GRID)}
+    return {p: mask.crop((x, y, x + PATCH, y + PATCH)).histogram()[255] for p, (x, y) in boxes.items()}
+
+
+def test_things_of_one_to_four_patches_many_alike():
+    """Things so large that any spread-out choice sees them, or scenes without two of a kind."""
+    sizes = Counter(len(thing.patches) for scene in SCENES for thing in scene.things)
+    assert set(sizes) == {1, 2, 3, 4} and min(sizes.values()) > 50
+    assert {len(scene.things) for scene in SCENES} == set(range(1, 10))
+    alike = sum(max(Counter(t.color for t in s.things).values()) > 2 for s in SCENES)
+    assert alike > len(SCENES) / 4
+    boxes = [(thing.box, thing.cell) for scene in SCENES for thing in (*scene.things, scene.number) if thing]
+    for (x0, y0, x1, y1), cell in boxes:
+        row, column = divmod(cell, 3)
+        assert column * 56 <= x0 < x1 <= column * 56 + 56 and row * 56 <= y0 < y1 <= row * 56 + 56
+    assert all(len({*(t.cell for t in s.things)}) == len(s.things) for s in SCENES)
+
+
+def test_no_form_of_question_gives_its_answer_away():
+    """All "Is there a ...?" answered with yes, all comparisons with the colour named first, all counts with 1."""
+    by_form = defaultdict(Counter)
+    firsts = [{q.kind: q for q in reversed(make_questions(scene, 60))} for scene in SCENES]  # what evaluations ask
+    for question in (question for by_kind in firsts for question in by_kind.values()):
+        first = re.sub(rf"\b({COLOR}|{SHAPE}|{PLACE})", "_", question.text.split("\n")[0])
+        answer = question.answer
+        if first.startswith("Are there more"):
+            answer = str(question.text.index(answer) < 20)
+        by_form[question.kind, first][answer] += 1
+    for (kind, form), answers in by_form.items():
+        most = max(answers.values()) / answers.total()
+        slack = 1.5 * answers.total() ** -0.5  # three standard errors
+        assert most < {"yesno": 0.5, "whole": 0.5, "count": 0.4}.get(kind, 0.25) + slack, (form, answers)
+    assert {kind for kind, _ in by_form} == set(KINDS)
+    assert {q.answer for _, q in ASKED if q.kind == "count"} == set("0123456789")
+    assert {q.answer for _, q in ASKED if q.text.endswith("background?")} == set(BACKGROUNDS)
+
+
+def test_a_seed_is_a_scene():
+    """A picture that changes with the number of questions; two seeds alike; questions that come in another order."""
+    scene = make_scene(5)
+    before = draw(scene).tobytes()
+    many = make_questions(scene, 30)
+    assert make_questions(scene, 8) == many[:8] and draw(make_scene(5)).tobytes() == before
+    assert len({draw(make_scene(seed)).tobytes() for seed in range(50)}) == 50
+    assert make_questions(scene, 8, seed=6) != many[:8]
+    assert {q.kind for q in make_questions(scene, 30, kinds=("count", "color"))} == {"count", "color"}
+    assert draw(scene).size == (SIZE, SIZE) and len(set(DIGITS)) == 10
+
+
+@pytest.mark.parametrize("arguments", [(-1,), (0, 0), (0, 10), (0, 2, 3)])
+def test_no_such_scene(arguments):
+    """random.Random(-1) is random.Random(1): two seeds, one scene."""
+    with pytest.raises(ValueError):
+        make_scene(*arguments)
