@@ -133,7 +133,7 @@ def test_targets_are_the_patches_that_show_it():
         assert inside >= 0.45 * sum(per_patch.values())  # of the box a sixth: a triangle's foot may hold more of it
         total += sum(per_patch.values())
         held += inside
-    assert held > 0.9 * total
+    assert held > 0.85 * total
 
 
 def pixels_by_patch(mask: Image.Image):
