@@ -72,6 +72,7 @@ BLOCKS, BLOCK = 4, 58  # of questions and answers per picture; tokens in a block
 BATCH = 16
 MEAN, STD = 0.5, 0.5
 THINGS = ((0, 2), (250, 3), (500, 5), (1000, 9))  # from this step on up to so many in a scene
+SAVE_EVERY, CHECKED = 250, 256  # steps; unseen scenes on which it is then checked
 ALIGN_WEIGHT = 0.1  # of the first phase's loss in the second
 QUESTIONS = 26  # made for a scene, of which about 16 fit
 ASKED = (*KINDS, "count", "count", "choice", "relation", "relation")  # those that come last are asked more often
@@ -433,7 +434,7 @@ def run_phase(
             opt.step()
             opt.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % 250 == 0 or step + 1 == phase.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == phase.steps:
             save_state(state_path, phase.name, step + 1, model, opts)
             check(step + 1)
 
@@ -452,7 +453,7 @@ def train(args: argparse.Namespace) -> None:
     if args.compile:
         for layer in model.vision_tower.layers:
             layer.compile()
-    unseen = DataLoader(Scenes(Plan(UNSEEN, ((0, 9),), 32), tokenizer, 256), batch_size=32)
+    unseen = DataLoader(Scenes(Plan(UNSEEN, ((0, 9),), 32), tokenizer, CHECKED), batch_size=32)
 
     def align(batch: dict) -> Tensor:
         return align_loss(model.embed_image(to_pixel_values(batch["pixels"])), batch, vectors)

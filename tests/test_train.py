@@ -1,0 +1,136 @@
+"""The training of the small model: what it learns from is what it will be asked, and a killed run loses nothing."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from himap_ref.assistant import Llava
+from himap_ref.studies import train
+from himap_ref.studies.scenes import GRID, PATCH, make_questions, make_scene
+from himap_ref.studies.train import Plan, Scenes
+
+PLAN = Plan(100, ((0, 2), (3, 9)), batch=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train.build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = Llava(train.shapes_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")))
+    train.init_weights(model, 0)
+    return model
+
+
+@torch.no_grad()
+def test_packed_questions_are_trained_as_they_will_be_asked(model, tokenizer):
+    """A question that sees its neighbour or starts at another position; a target one token off."""
+    scenes = Scenes(PLAN, tokenizer, 40)
+    batch = default_collate([scenes[10], scenes[11]])
+    prefix = torch.tensor(tokenizer.encode(train.SYSTEM).ids)
+    loss, hits, kinds, _ = train.answer_loss(model, batch, prefix)
+    alone = []
+    for row in range(2):
+        image = train.to_pixel_values(batch["pixels"][row : row + 1])
+        for segment in range(1, int(batch["segment"][row].max()) + 1):
+            own = batch["segment"][row] == segment
+            if not own.any():  # a question for which there was no room
+                continue
+            words = torch.full((model.config.num_image_tokens,), model.config.image_token_index)
+            ids = torch.cat((prefix, words, batch["ids"][row][own]))
+            out = model(ids[None], image, all_rows=True)
+            logits, target = model.language_model.logits(out.hidden[0, -own.sum() :]), batch["target"][row][own]
+            alone.append(F.cross_entropy(logits, target, reduction="none")[target >= 0])
+    torch.testing.assert_close(loss, torch.cat(alone).mean())
+    assert len(torch.cat(alone)) == len(hits) == len(kinds)
+
+
+def test_packed_text_is_the_prompt(tokenizer):
+    """Questions cut off at a block's end, answers without their end, words that inference writes otherwise."""
+    scenes, eos = Scenes(PLAN, tokenizer, 40), tokenizer.token_to_id("</s>")
+    for index in range(20):
+        scene = make_scene(PLAN.seed + index, PLAN.things(index))
+        asked = make_questions(scene, train.QUESTIONS, kinds=train.ASKED)
+        item = scenes[index]
+        for segment in item["segment"].unique().tolist():
+            own = (item["segment"] == segment).nonzero().flatten()
+            if segment == 0:
+                assert (item["target"][own] == -100).all()
+                continue
+            question = asked[segment - 1]
+            whole = f"\n{question.text} ASSISTANT: {question.answer}"
+            assert tokenizer.decode(item["ids"][own].tolist()) == whole
+            assert item["place"][own].tolist() == list(range(len(own))) and own[-1] // 58 == own[0] // 58
+            target = item["target"][own]
+            answer = tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids
+            assert target[target >= 0].tolist() == [*answer, eos]
+            assert item["ids"][own][-len(answer) :].tolist() == answer
+    assert [PLAN.things(index) for index in (0, 5, 6, 39)] == [2, 2, 9, 9]
+
+
+def test_patch_words_are_those_of_the_thing_there():
+    """Rows and columns exchanged; a thing counted twice, or never."""
+    for seed in range(30):
+        scene = make_scene(seed)
+        words = train.patch_words(scene)
+        for thing in scene.things:
+            own = words[list(thing.patches)]
+            names = [group[i] for group, i in zip(train.WORDS[:4], own[0, :4].tolist(), strict=True)]
+            assert " ".join(names) == f"{thing.color} {thing.shape} {thing.place}" and (own[:, :4] == own[0, :4]).all()
+            counted = torch.tensor(thing.patches)[own[:, 4] == 0].tolist()
+            x, y = ((thing.box[side] + thing.box[side + 2]) / 2 for side in (0, 1))
+            near = {int((y + dy) // PATCH) * GRID + int((x + dx) // PATCH) for dx in (-1, 1) for dy in (-1, 1)}
+            assert len(counted) == 1 and counted[0] in near  # the patch at its centre
+        shown = {patch for thing in scene.things for patch in thing.patches}
+        assert (words[[patch for patch in range(GRID * GRID) if patch not in shown]] == -100).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 24), (2, 24, 40), (1, 16, 16)])
+def test_orthogonalize_against_svd(shape):
+    """Singular values that are left as they were; rows and columns exchanged."""
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, _, V = torch.linalg.svd(given, full_matrices=False)
+    found, nearest = train.orthogonalize(given), U @ V
+    singular = torch.linalg.svdvals(found)
+    assert singular.min() > 0.5 and singular.max() < 1.4  # Muon's five steps: near 1, not at it
+    assert F.cosine_similarity(found.flatten(1), nearest.flatten(1)).min() > 0.95
+
+
+def run(monkeypatch, folder, *more):
+    arguments = ["--out", folder / "out", "--state", folder / "state.pt", "--no-compile", "--no-bf16", *more]
+    monkeypatch.setattr(sys, "argv", ["train", "--align-steps", "2", "--steps", "3", *map(str, arguments)])
+    train.main()
+    return Llava.from_pretrained(folder / "out")
+
+
+def test_killed_and_resumed_equals_undisturbed(monkeypatch, tmp_path, capsys, tokenizer):
+    """Scenes seen twice or left out, momentum lost, the rate's place forgotten; what it says of unseen scenes."""
+    quick = {"BATCH": 2, "SAVE_EVERY": 1, "CHECKED": 2, "build_tokenizer": lambda: tokenizer}
+    for name, value in quick.items():
+        monkeypatch.setattr(train, name, value)
+    whole = run(monkeypatch, tmp_path / "whole")
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["step"] for line in told] == [1, 2, 3] and set(told[0]["unseen"]) == set(train.KINDS)
+
+    class Killed(Exception):
+        pass
+
+    def kill(model, *rest, plain=train.evaluate):
+        if plain(model, *rest) and kill.at == 0:
+            raise Killed
+        kill.at -= 1
+        return {}
+
+    monkeypatch.setattr(train, "evaluate", kill)
+    for kill.at in (0, 1):  # after the first step, and then after the third
+        with pytest.raises(Killed):
+            run(monkeypatch, tmp_path / "killed")
+    resumed = run(monkeypatch, tmp_path / "killed")
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
