@@ -75,7 +75,7 @@ def test_packed_text_is_the_prompt(tokenizer):
 
 
 def test_patch_words_are_those_of_the_thing_there():
-    """Rows and columns exchanged; a thing counted twice, or never."""
+    """Rows and columns exchanged; a thing counted twice, or never; digits in another order, or beside the number."""
     for seed in range(30):
         scene = make_scene(seed)
         words = train.patch_words(scene)
@@ -88,7 +88,10 @@ def test_patch_words_are_those_of_the_thing_there():
             near = {int((y + dy) // PATCH) * GRID + int((x + dx) // PATCH) for dx in (-1, 1) for dy in (-1, 1)}
             assert len(counted) == 1 and counted[0] in near  # the patch at its centre
         shown = {patch for thing in scene.things for patch in thing.patches}
-        assert (words[[patch for patch in range(GRID * GRID) if patch not in shown]] == -100).all()
+        assert (words[[patch for patch in range(GRID * GRID) if patch not in shown], :5] == -100).all()
+        digits = words[words[:, 5] >= 0, 5].tolist()  # row by row: from left to right
+        assert "".join(map(str, digits)) == (scene.number.digits if scene.number else "")
+        assert not scene.number or {*(words[:, 5] >= 0).nonzero().flatten().tolist()} <= {*scene.number.patches}
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 24), (2, 24, 40), (1, 16, 16)])

@@ -47,6 +47,8 @@ from .hub_layout import folder_files
 from .scenes import (
     COLORS,
     COLUMNS,
+    DIGIT_PITCH,
+    DIGIT_WIDTH,
     GRID,
     KINDS,
     PATCH,
@@ -54,11 +56,12 @@ from .scenes import (
     SHAPES,
     SIZE,
     UNSEEN,
+    Box,
     Scene,
     make_questions,
     make_scene,
     patches_of,
-)
+)  # fmt: skip
 
 TEMPLATE = TEMPLATES["shapes"]
 SYSTEM = TEMPLATE.split("<image>")[0]
@@ -187,21 +190,32 @@ class Scenes(Dataset):
         return {name: torch.tensor(row).flatten() for name, row in rows.items()}
 
 
-WORDS = (tuple(COLORS), SHAPES, ROWS, COLUMNS, ("thing", "things"))
+WORDS = (tuple(COLORS), SHAPES, ROWS, COLUMNS, ("thing", "things"), tuple("0123456789"))
 
 
 def patch_words(scene: Scene) -> Tensor:
-    """(GRID * GRID, 5): which colour, shape, row and column word each patch of a thing shows; -100 for all others.
+    """(GRID * GRID, 6): which colour, shape, row and column word each patch of a thing shows; -100 for all others.
 
-    The last: 0 for the patch that holds most of its thing, 1 for its others, so that a thing can be counted once.
+    "thing" is the patch that holds most of its thing, "things" are its others, so that a thing can be counted once. The
+    patch that holds most of a digit shows only that digit.
     """
     words = torch.full((GRID * GRID, len(WORDS)), -100)
     for thing in scene.things:
         own = (thing.color, thing.shape, *thing.place.split(), "things")
-        words[list(thing.patches)] = torch.tensor([group.index(word) for group, word in zip(WORDS, own, strict=True)])
-        most = next(patches for share in range(95, 0, -5) if (patches := patches_of(thing.box, share / 100)))
-        words[most[0], -1] = 0
+        values = [group.index(word) for group, word in zip(WORDS, own, strict=False)]
+        words[list(thing.patches), : len(values)] = torch.tensor(values)
+        words[main_patch(thing.box), 4] = 0
+    if scene.number:
+        x, top, _, bottom = scene.number.box
+        for digit in scene.number.digits:
+            words[main_patch((x, top, x + DIGIT_WIDTH, bottom)), 5] = int(digit)
+            x += DIGIT_PITCH
     return words
+
+
+def main_patch(box: Box) -> int:
+    """The patch that holds most of it, to the nearest twentieth."""
+    return next(patches[0] for share in range(95, 0, -5) if (patches := patches_of(box, share / 100)))
 
 
 def to_pixel_values(pixels: Tensor) -> Tensor:
@@ -217,7 +231,8 @@ def align_loss(image: Tensor, batch: dict, vectors: list[Tensor]) -> Tensor:
     embeds = F.normalize(image.float(), dim=-1)
     logits = [(embeds @ F.normalize(group, dim=-1).T * 20).flatten(0, 1) for group in vectors]
     targets = batch["words"].flatten(0, 1).unbind(-1)
-    return cast(Tensor, sum(F.cross_entropy(x, y, ignore_index=-100) for x, y in zip(logits, targets, strict=True)))
+    losses = [F.cross_entropy(x, y, reduction="sum") for x, y in zip(logits, targets, strict=True)]
+    return torch.stack([loss / (y >= 0).sum().clamp(min=1) for loss, y in zip(losses, targets, strict=True)]).sum()
 
 
 StepLayer = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
