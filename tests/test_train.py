@@ -13,7 +13,7 @@ from himap_ref.studies import train
 from himap_ref.studies.scenes import GRID, PATCH, make_questions, make_scene
 from himap_ref.studies.train import Plan, Scenes
 
-PLAN = Plan(100, ((0, 2), (3, 9)), batch=2)
+PLAN = Plan(100, ((0, 1, 2), (3, 4, 9)), batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_packed_questions_are_trained_as_they_will_be_asked(model, tokenizer):
     batch = default_collate([scenes[10], scenes[11]])
     prefix = torch.tensor(tokenizer.encode(train.SYSTEM).ids)
     loss, hits, kinds, _ = train.answer_loss(model, batch, prefix)
-    alone = []
+    alone, weights = [], []
     for row in range(2):
         image = train.to_pixel_values(batch["pixels"][row : row + 1])
         for segment in range(1, int(batch["segment"][row].max()) + 1):
@@ -47,15 +47,17 @@ def test_packed_questions_are_trained_as_they_will_be_asked(model, tokenizer):
             out = model(ids[None], image, all_rows=True)
             logits, target = model.language_model.logits(out.hidden[0, -own.sum() :]), batch["target"][row][own]
             alone.append(F.cross_entropy(logits, target, reduction="none")[target >= 0])
-    torch.testing.assert_close(loss, torch.cat(alone).mean())
-    assert len(torch.cat(alone)) == len(hits) == len(kinds)
+            weights.append(batch["weight"][row][own][target >= 0])
+    weight = torch.cat(weights)
+    torch.testing.assert_close(loss, (torch.cat(alone) * weight).sum() / weight.sum())
+    assert len(weight) == len(hits) == len(kinds) and weight.unique().tolist() == [1, train.SLOW_WEIGHT]
 
 
 def test_packed_text_is_the_prompt(tokenizer):
     """Questions cut off at a block's end, answers without their end, words that inference writes otherwise."""
     scenes, eos = Scenes(PLAN, tokenizer, 40), tokenizer.token_to_id("</s>")
     for index in range(20):
-        scene = make_scene(PLAN.seed + index, PLAN.things(index))
+        scene = make_scene(PLAN.seed + index, *PLAN.things(index))
         asked = make_questions(scene, train.QUESTIONS, kinds=train.ASKED)
         item = scenes[index]
         for segment in item["segment"].unique().tolist():
@@ -71,7 +73,7 @@ def test_packed_text_is_the_prompt(tokenizer):
             answer = tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids
             assert target[target >= 0].tolist() == [*answer, eos]
             assert item["ids"][own][-len(answer) :].tolist() == answer
-    assert [PLAN.things(index) for index in (0, 5, 6, 39)] == [2, 2, 9, 9]
+    assert [PLAN.things(index) for index in (0, 5, 6, 39)] == [(2, 1), (2, 1), (9, 4), (9, 4)]
 
 
 def test_patch_words_are_those_of_the_thing_there():

@@ -57,6 +57,7 @@ from .scenes import (
     SIZE,
     UNSEEN,
     Box,
+    Question,
     Scene,
     make_questions,
     make_scene,
@@ -74,7 +75,8 @@ EXAMPLE_SEED = UNSEEN + 10
 BLOCKS, BLOCK = 4, 58  # of questions and answers per picture; tokens in a block, the longest question is shorter
 BATCH = 16
 MEAN, STD = 0.5, 0.5
-THINGS = ((0, 2), (250, 3), (500, 5), (1000, 9))  # from this step on up to so many in a scene
+THINGS = ((0, 1, 2), (250, 1, 3), (500, 1, 5), (1000, 1, 9), (3250, 3, 9))  # from this step on so many in a scene
+SLOW_WEIGHT = 3  # of questions that are learned last
 SAVE_EVERY, CHECKED = 250, 256  # steps; unseen scenes on which it is then checked
 ALIGN_WEIGHT = 0.1  # of the first phase's loss in the second
 QUESTIONS = 26  # made for a scene, of which about 16 fit
@@ -146,11 +148,12 @@ class Plan:
     """What scene and questions belong to sample `index` of a phase: a function of the index alone, hence resumable."""
 
     seed: int
-    max_things: tuple[tuple[int, int], ...]  # (from step, most things in a scene)
+    num_things: tuple[tuple[int, int, int], ...]  # (from step, fewest and most things in a scene)
     batch: int
 
-    def things(self, index: int) -> int:
-        return [most for step, most in self.max_things if index // self.batch >= step][-1]
+    def things(self, index: int) -> tuple[int, int]:
+        """Most and fewest."""
+        return [(most, least) for step, least, most in self.num_things if index // self.batch >= step][-1]
 
 
 class Scenes(Dataset):
@@ -163,13 +166,13 @@ class Scenes(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        scene = make_scene(self.plan.seed + index, self.plan.things(index))
+        scene = make_scene(self.plan.seed + index, *self.plan.things(index))
         pixels = torch.frombuffer(bytearray(draw(scene).tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3)
         return {"pixels": pixels, "words": patch_words(scene), **self.pack(scene)}
 
     def pack(self, scene: Scene) -> dict[str, Tensor]:
         """As many questions as fit the blocks, one after the other; segment 0 is padding, a question 1, 2, ..."""
-        fill = {"ids": 0, "segment": 0, "place": 0, "target": -100, "kind": -1}
+        fill = {"ids": 0, "segment": 0, "place": 0, "target": -100, "kind": -1, "weight": 0}
         blocks: list[dict[str, list[int]]] = [{name: [] for name in fill} for _ in range(BLOCKS)]
         for number, question in enumerate(make_questions(scene, QUESTIONS, kinds=ASKED), 1):
             asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
@@ -184,10 +187,16 @@ class Scenes(Dataset):
             block["place"] += range(len(ids))
             block["target"] += [-100] * (len(asked) - 1) + answer + [eos]
             block["kind"] += [-1] * (len(asked) - 1) + [KINDS.index(question.kind)] * len(answer) + [len(KINDS)]
+            block["weight"] += [SLOW_WEIGHT if is_slow(question) else 1] * len(ids)
         rows = {
             name: [block[name] + [each] * (BLOCK - len(block[name])) for block in blocks] for name, each in fill.items()
         }
         return {name: torch.tensor(row).flatten() for name, row in rows.items()}
+
+
+def is_slow(question: Question) -> bool:
+    """Whether it is of those learned last: counts of several things, and comparisons of two counts."""
+    return question.answer in ("2", "3", "4", "5", "6", "7", "8", "9") or question.text.startswith("Are there more")
 
 
 WORDS = (tuple(COLORS), SHAPES, ROWS, COLUMNS, ("thing", "things"), tuple("0123456789"))
@@ -268,7 +277,7 @@ def layer_forward(
 def answer_loss(
     model: Llava, batch: dict, prefix: Tensor, step_layer: StepLayer = layer_forward
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy of the answers' tokens. Returns loss, hit per target, kind per target, and the image tokens."""
+    """Weighted cross-entropy of the answers' tokens. Returns loss, hit and kind per target, and the image tokens."""
     decoder, B = model.language_model, len(batch["ids"])
     image = model.embed_image(to_pixel_values(batch["pixels"]))
     before = decoder.embed_tokens(prefix).expand(B, -1, -1)
@@ -286,7 +295,8 @@ def answer_loss(
     where = batch["target"] >= 0
     logits = decoder.logits(decoder.norm(x[:, start:][where]))
     target, kind = batch["target"][where], batch["kind"][where]
-    loss = F.cross_entropy(logits.float(), target)
+    weight = batch["weight"][where]
+    loss = (F.cross_entropy(logits.float(), target, reduction="none") * weight).sum() / weight.sum()
     return loss, logits.argmax(-1) == target, kind, image
 
 
@@ -468,7 +478,7 @@ def train(args: argparse.Namespace) -> None:
     if args.compile:
         for layer in model.vision_tower.layers:
             layer.compile()
-    unseen = DataLoader(Scenes(Plan(UNSEEN, ((0, 9),), 32), tokenizer, CHECKED), batch_size=32)
+    unseen = DataLoader(Scenes(Plan(UNSEEN, ((0, 1, 9),), 32), tokenizer, CHECKED), batch_size=32)
 
     def align(batch: dict) -> Tensor:
         return align_loss(model.embed_image(to_pixel_values(batch["pixels"])), batch, vectors)
@@ -482,7 +492,7 @@ def train(args: argparse.Namespace) -> None:
         print(json.dumps({"step": step, "unseen": evaluate(model, unseen, prefix, step_layer)}), flush=True)
 
     if state is None or state["phase"] == "align":
-        phase = Phase("align", args.align_steps, 32, 2e-3, Plan(0, ((0, 9),), 32))
+        phase = Phase("align", args.align_steps, 32, 2e-3, Plan(0, ((0, 1, 9),), 32))
         run_phase(phase, model, tokenizer, align, lambda step: None, args.state, state)
     phase = Phase("answer", args.steps, BATCH, args.lr, Plan(100_000_000, THINGS, BATCH))
     run_phase(phase, model, tokenizer, answer, check, args.state, state)
