@@ -286,19 +286,23 @@ def summary(rows: Sequence[dict], errors: int, definition: str, equal: bool) -> 
 
 
 def draw_bars(path: Path, shown: dict[str, list[float]], title: str) -> None:
-    """The paper's two figures, not rescaled: flow into a row of each group, and what flows out of the image."""
+    """The paper's two figures: flow into a row of each group, and what flows out of the image. Below them the same on a
+    logarithmic scale, where what is small is seen too; as points, since bars would start anywhere."""
     panels = {
         "into a token of each group (per query row)": {"into system": RED, "into image": BLUE, "into text": GREEN},
         "out of the image tokens (sum)": {"image->image": BLUE, "image->text": PURPLE},
     }
-    with figure(path, panels=2, size=(12, 4)) as axes:
-        for axis, (heading, colors) in zip(axes, panels.items(), strict=True):
+    with figure(path, panels=4, size=(12, 8), across=2) as axes:
+        for axis, below, (heading, colors) in zip(axes, axes[2:], panels.items(), strict=False):
             width = 0.8 / len(colors)
             for place, (name, color) in enumerate(colors.items()):
                 left = place * width - 0.4  # of the layer's number, the middle of its bars
                 x = [layer + left for layer in range(len(shown[name]))]
                 axis.bar(x, shown[name], width, align="edge", label=name, color=color)
+                seen = [value or math.nan for value in shown[name]]  # an exact 0 has no logarithm
+                below.plot(seen, marker="o", markersize=5, label=name, color=color)
             axis.set(title=heading, xlabel="layer", ylabel=title)
+            below.set(yscale="log", xlabel="layer", ylabel=f"{title}, logarithmic")
             axis.legend()
 
 

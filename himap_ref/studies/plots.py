@@ -6,17 +6,24 @@ Call `check_picture` before the computing and `figure` after it:
     ...
     with figure(args.plot, panels=2, size=(10, 4)) as (left, right):
         left.bar(...)
+
+`label_ends` names the lines of a panel where they end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ..commands.files import check_writable, write_whole
 from ..errors import HimapError
+
+# eight that colour-blind readers, too, tell apart on white (Okabe and Ito's, darker)
+COLORS = ("#d55e00", "#0072b2", "#7f7f7f", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#000000")
 
 
 def check_picture(path: Path) -> None:
@@ -29,10 +36,38 @@ def check_picture(path: Path) -> None:
 
 
 @contextmanager
-def figure(path: Path, panels: int, size: tuple[float, float]) -> Iterator[list]:
-    """Yields `panels` matplotlib axes side by side, `size` inches in all; saves them to `path` if all went well."""
+def figure(path: Path, panels: int, size: tuple[float, float], across: int = 0) -> Iterator[list]:
+    """Yields matplotlib axes, `across` (default: all) beside each other, `size` inches in all; saves them to `path` if
+    all went well."""
     from matplotlib.figure import Figure  # not pyplot: no window, no display, nothing global
 
     sheet = Figure(size, layout="constrained")
-    yield list(sheet.subplots(1, panels, squeeze=False)[0])
+    across = across or panels
+    axes = list(sheet.subplots(-(-panels // across), across, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.set_axis_off()
+    yield axes[:panels]
     write_whole(path, partial(sheet.savefig, dpi=150))
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, in their order, moved apart until neighbours are `gap` apart: pairs that are too close push each
+    other away, each half of the way."""
+    moved, order = list(heights), sorted(range(len(heights)), key=heights.__getitem__)
+    for _ in range(500):
+        for below, above in pairwise(order):
+            push = max(0.0, gap - (moved[above] - moved[below])) / 2
+            moved[below], moved[above] = moved[below] - push, moved[above] + push
+    return moved
+
+
+def label_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes each line's name right of the panel, as high as the line's end if others leave room.
+
+    ends: (x, y, name, colour); the panel's limits must be final.
+    """
+    low, high = axis.get_ylim()
+    heights = spread([y for _, y, _, _ in ends], 0.055 * (high - low))
+    for (x, y, name, color), height in zip(ends, heights, strict=True):
+        axis.annotate(name, (x, y), (1.03, height), textcoords=axis.get_yaxis_transform(), va="center", fontsize=8,
+                      color=color, arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5})  # fmt: skip
