@@ -30,9 +30,11 @@ def kept(decoder, x, text, examples):
 
 
 def test_oracle(decoder, embeddings):
-    """Targets counted from another place, lost at stage 2, or of another prompt of the batch."""
-    examples = [asked("a", 8), asked("b", 0, 5), asked("c")]
-    first, second = kept(decoder, embeddings(3, 17), f"1:4:{ORACLE},3:2:{ORACLE}", examples)
+    """Targets counted from another place, lost at stage 2, or of another prompt of the batch; others kept where there
+    are more targets than places."""
+    examples = [asked("a", 8), asked("b", 0, 5), asked("c"), asked("d", 1, 2, 3, 6, 7)]
+    first, second = kept(decoder, embeddings(4, 17), f"1:4:{ORACLE},3:2:{ORACLE}", examples)
+    assert {*second[3]} < {*first[3]} < {1, 2, 3, 6, 7}
     for b, targets in enumerate(({8}, {0, 5}, set())):
         assert targets <= {*first[b]} and targets <= {*second[b]} <= {*first[b]}
     with pytest.raises(HimapError, match="target patches"):
