@@ -1,29 +1,23 @@
 """The sweep's columns that hold a criterion against chance, target patches and a smaller picture."""
 
+import json
+import sys
+from itertools import pairwise
+
 import pytest
+import torch
+from toys import write_small_model
 
+from himap_ref import LLAVA_1_5_7B, Llava
+from himap_ref.methods.schedules import parse_method
 from himap_ref.studies import sweep
-from himap_ref.studies.entries import CHANCE, SMALLER
-from himap_ref.studies.examples import Example
+from himap_ref.studies.controls import ORACLE, POSITIONS
+from himap_ref.studies.entries import CHANCE, SMALLER, families
+from himap_ref.studies.evaluate import answer
 from himap_ref.studies.metrics import bootstrap, holm
-
-
-def example(key, *targets):
-    return Example(key, "?", ("x",), "", None, targets=targets)
-
-
-def kept(*stages):
-    return {"kept_tokens": [list(stage) for stage in stages], "kept": [9, *map(len, stages)], "correct": 1.0}
-
-
-def test_recall():
-    """Targets of another question, the first stage's choice for the last one's, questions without targets as lost."""
-    examples = [example("a", 1, 2), example("b", 7), example("none")]
-    runs = [{"a": kept([1, 2, 3, 4], [2, 3]), "b": kept([1, 2, 3], [1]), "none": kept([0, 8, 7], [0])}]
-    assert sweep.recall_of(runs, examples) == (pytest.approx(0.25), pytest.approx((2 / 9 + 1 / 9) / 2))
-    assert sweep.recall_of(runs, examples, stage=0) == (pytest.approx(0.5), pytest.approx((4 / 9 + 3 / 9) / 2))
-    assert sweep.recall_of(runs, [example("none")]) is None  # nothing to find
-    assert sweep.recall_of([{"a": {"kept_tokens": [], "kept": [9]}}], examples[:1]) is None  # no stage
+from himap_ref.studies.plots import spread
+from himap_ref.studies.questions import scene_examples
+from himap_ref.studies.scenes import SIZE
 
 
 def test_holm():
@@ -57,3 +51,78 @@ def test_verdict(low, high, said):
     """A difference within the noise told as a gain, or a loss told as nothing."""
     text = sweep.verdict({**line("own", "mine"), "over_chance": ((low + high) / 2, low, high)})
     assert f"mine: {said}" in text and f"below about {100 * (high - low) / 2:.0f} points" in text
+
+
+FAMILIES = ("none", "himap", "vtw", "1:20:random3,2:5:dart", f"1:20:{ORACLE},2:1:last_to_image", "2:0:none", "cls:7",
+            "divprune:7", "visionzip:7", "pool:5", "down:4")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A random model that sees scenes as they are, 144 tokens, in three layers; its folder."""
+    folder = tmp_path_factory.mktemp("small") / "m"
+    write_small_model(folder, side=SIZE)
+    return folder
+
+
+@pytest.mark.parametrize("text", FAMILIES)
+def test_positions_of_every_family(small, text):
+    """One that cannot be numbered anew, one that another prompt's length or the tokens made before the decoder upset,
+    or a switch that renumbers nothing."""
+    model = Llava.from_pretrained(small)
+    examples = scene_examples(1)[:3]
+    method, pictures = parse_method(text, model), [example.picture() for example in examples]
+    plain, packed, stretched = (
+        torch.stack([each.first_logits for each in answer(model, examples, pictures, method, 2, positions=how)])
+        for how in POSITIONS
+    )
+    left = [stage.count(144) for stage in method.stages]
+    assert packed.equal(plain) is (not left)
+    assert stretched.equal(plain) is (not any(left))  # without an image token there is nothing to stretch
+
+
+def test_blind(small, tmp_path, monkeypatch):
+    """Vanilla's recorded answers for those without the picture; FLOPs of a prompt without image tokens; a p of its own
+    among the methods'."""
+    words = ["--weights", small, "--scenes", 1, "--methods", "1:20:text_to_image", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, words)])
+    sweep.main()
+    vanilla, blind, own = json.loads((tmp_path / "table.json").read_text())
+    assert blind["label"] == "no picture" and blind["kept"] == [] and blind["n"] == vanilla["n"] == own["n"]
+    assert [blind[name] for name in sweep.RATIOS] == [None] * 3 and blind["recall"] is None and "p_holm" not in blind
+    assert {*blind["kinds"]} == {*vanilla["kinds"]} and len([*tmp_path.glob("none-*.jsonl")]) == 2
+    assert own["recall"][1] == pytest.approx(20 / 144) and "color" in own["recall_by_stage"][0]
+    assert "| no picture | 8 |  |  |  |" in (tmp_path / "table.md").read_text().replace(f"| {blind['n']} |", "| 8 |")
+
+
+def test_spread():
+    """Labels on top of each other, out of order, or moved though there was room."""
+    assert spread([0.0, 5.0, 9.0], 1) == [0.0, 5.0, 9.0]
+    moved = spread([0.3, 0.1, 0.2, 5.0], 1)
+    assert sorted(range(4), key=moved.__getitem__) == [1, 2, 0, 3] and moved[3] == 5.0
+    assert min(b - a for a, b in pairwise(sorted(moved))) == pytest.approx(1, abs=1e-6)
+    assert sum(moved[:3]) / 3 == pytest.approx(0.2)
+
+
+def drawn(group, label, ratio, accuracy, recall=None):
+    return {"group": group, "label": label, "ratio": ratio, "accuracy": accuracy, "recall": recall, "n": 9,
+            "interval": (accuracy - 0.1, accuracy + 0.1)}  # fmt: skip
+
+
+def test_draw(tmp_path, monkeypatch):
+    """More than eight lines in a panel, a colour twice, a method in no panel, a crash after all was computed."""
+    pytest.importorskip("matplotlib")
+    panels, real = [], sweep.label_ends
+    monkeypatch.setattr(sweep, "label_ends", lambda axis, ends: (panels.append(ends), real(axis, ends)))
+    names = [*families(LLAVA_1_5_7B)]
+    lines = [drawn("", "vanilla", 1, 0.9), drawn("", "no picture", None, 0.2), drawn("K1", "K1 = 2", 0.5, 0.5)]
+    lines += [drawn(f"equal FLOPs, {b}", name, b, 0.6, (0.5, 0.4)) for name in names for b in (0.7, 0.5)]
+    lines += [drawn("criteria", "text, text", 0.5, 0.6), drawn("own", "mine", 0.5, 0.6)]
+    sweep.draw(lines, tmp_path / "a.png")
+    curves = [[end for end in ends if end[2] not in ("vanilla", "no picture")] for ends in panels]
+    assert [len(ends) for ends in curves] == [8, 8, 8, 1]
+    assert all(len({color for *_, color in ends}) == len(ends) for ends in curves)
+    assert {name for ends in curves for _, _, name, _ in ends} == {*names, "K1"}
+    assert all(x == 0.7 for ends in curves[:3] for x, *_ in ends)
+    assert (tmp_path / "a.png").stat().st_size > 10000
+    sweep.draw(lines[:1], tmp_path / "b.png")

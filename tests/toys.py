@@ -113,11 +113,16 @@ SMALL_CONFIG: dict[str, Any] = {  # with the embedded model's tokenizer: 460 tok
 }  # fmt: skip
 
 
-def write_small_model(folder: Path, dtypes: tuple[torch.dtype, ...] = (torch.float32,), shard: int = 2**30) -> None:
-    """A whole folder that answers, by the project's own writer. Tensors take turns with `dtypes`."""
-    model, generator, turn = Llava(read_config(SMALL_CONFIG)), torch.Generator().manual_seed(0), cycle(dtypes)
+def write_small_model(
+    folder: Path, dtypes: tuple[torch.dtype, ...] = (torch.float32,), shard: int = 2**30, side: int = 28
+) -> None:
+    """A whole folder that answers, by the project's own writer. Tensors take turns with `dtypes`; side: in pixels."""
+    config = SMALL_CONFIG | {"vision_config": SMALL_CONFIG["vision_config"] | {"image_size": side}}
+    if side > 28:  # more image tokens need more room
+        config["text_config"] = SMALL_CONFIG["text_config"] | {"max_position_embeddings": 400}
+    model, generator, turn = Llava(read_config(config)), torch.Generator().manual_seed(0), cycle(dtypes)
     model.tokenizer = read_tokenizer(EMBEDDED)
-    model.image_processor = ImageProcessor(28, crop_size=(28, 28), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    model.image_processor = ImageProcessor(side, crop_size=(side, side), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
     model.settings = {"stages": "1:0.5:text_to_image,2:1:image_to_image", "note": "random"}
     tokens = json.loads((EMBEDDED / "generation_config.json").read_bytes())
 

@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -37,6 +37,7 @@ from .literature import paper_flops
 from .metrics import METRICS, Metric, interval
 from .questions import add_question_arguments, load_examples
 from .records import Records, load_recorded, results_path
+from .scenes import GRID
 
 PREFILL = ("vision", "prefill")
 
@@ -74,8 +75,15 @@ class Evaluation:
         examples, data = load_examples(args, needs_picture)
         METRICS[args.metric].check([example for example in examples if example.answers])
         model, weights = load_recorded(args)
+        if model.config.num_image_tokens != GRID**2:  # its tokens are other patches than the scenes' targets
+            examples = [replace(example, targets=()) for example in examples]
         settings = {**weights, **data, "metric": args.metric, "max_new_tokens": args.max_new_tokens}
         return cls(model, examples, METRICS[args.metric], args.max_new_tokens, args.batch, settings)
+
+    def blind(self) -> Evaluation:
+        """The same questions about scenes asked as text alone, recorded apart."""
+        examples = [replace(example, source=None) for example in self.examples]
+        return replace(self, examples=examples, settings={**self.settings, "questions": "scenes, no picture"})
 
     def run(self, method: Method, out: Path, with_kept: bool = False) -> tuple[dict, dict[str, dict]]:
         """Answers what is not recorded yet; returns the summary and each question's row.

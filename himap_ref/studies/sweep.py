@@ -11,6 +11,7 @@ over chance   questions' mean score minus that of chance on HiMAP's layers at th
 recall        of the target patches (those that show what must be seen), the share that the last stage left; behind it
               that of a choice by chance
 hard          accuracy on the questions that a smaller picture at the same FLOPs fails
+no picture    the same questions asked as text: what the words alone give away
 lost, won     questions that score lower, higher than without pruning; p: the exact sign test, by Holm's rule for as
               many tests as the table has
 
@@ -51,11 +52,15 @@ from .entries import (
 from .evaluate import Evaluation, add_arguments
 from .examples import Example
 from .metrics import bootstrap, cells, holm, interval, paired
-from .plots import check_picture, figure
+from .plots import COLORS, check_picture, figure, label_ends
+from .recall import recalls
 
 # ---------------------------------------------------------------- measuring
 
 Rows = dict[str, dict]  # key of the question -> what an evaluation recorded
+RATIOS = ("ratio", "decoder_ratio", "image_only_ratio")
+BLIND = "no picture"
+QUICK_SCENES = 120  # some 980 questions: the difference from chance to about 3 points
 
 
 def kinds_of(rows: list[dict]) -> dict[str, float]:
@@ -63,19 +68,6 @@ def kinds_of(rows: list[dict]) -> dict[str, float]:
     rows = [row for row in rows if row["correct"] is not None]
     kinds = sorted({row["kind"] for row in rows if "kind" in row})
     return {kind: mean(row["correct"] for row in rows if row.get("kind") == kind) for kind in kinds}
-
-
-def recall_of(runs: Sequence[Rows], examples: Sequence[Example], stage: int = -1) -> tuple[float, float] | None:
-    """Of each question's target patches the share that a stage left, mean; and what chance would leave.
-
-    None without targets or stages. A question without targets has no recall.
-    """
-    found = [(e, rows[e.key]) for rows in runs for e in examples if e.targets and "error" not in rows[e.key]]
-    if not found or not all(row.get("kept_tokens") for _, row in found):
-        return None
-    kept = [{*row["kept_tokens"][stage]} for _, row in found]
-    shares = [len(left & {*e.targets}) / len(e.targets) for left, (e, _) in zip(kept, found, strict=True)]
-    return mean(shares), mean(len(left) / row["kept"][0] for left, (_, row) in zip(kept, found, strict=True))
 
 
 def scores_of(runs: Sequence[Rows], vanilla: Rows) -> dict[str, float]:
@@ -102,15 +94,17 @@ def line_of(
     means = [mean(seed) for seed in by_seed] if scores else []
     pairs = [paired([vanilla[key]["correct"] for key in scores], seed) for seed in by_seed] if scores else []
     summaries, values = [summary for summary, _ in measured], list(scores.values())
+    seen, by_stage = entry.label != BLIND, recalls(runs, examples)  # without a picture there is nothing to save
     return {
         "group": entry.group, "label": entry.label, "methods": entry.methods,
         "n": len(keys), "judged": len(scores), "left_out": len(vanilla) - len(keys),
         "accuracy": mean(values) if scores else None,
         "interval": (interval(values) if len(runs) == 1 else bootstrap(values)) if scores else None,
         "spread": (min(means), max(means)) if len(means) > 1 else None,
-        **{name: mean(s[name] for s in summaries) for name in ("ratio", "decoder_ratio", "image_only_ratio")},
+        **{name: mean(s[name] for s in summaries) if seen else None for name in RATIOS},
         "kept": summaries[0]["kept"],
-        "recall": recall_of(runs, examples),
+        "recall": (by_stage[-1]["all"]["recall"], by_stage[-1]["all"]["chance"]) if by_stage else None,
+        "recall_by_stage": by_stage,
         "same_answer": mean(a["answer"] == b["answer"] for rows in every for a, b in zip(before, rows, strict=True)),
         **{name: mean(pair[name] for pair in pairs) if scores else None for name in ("lost", "won")},
         "p": pairs[0]["p"] if len(pairs) == 1 else None,
@@ -148,6 +142,10 @@ def signed(difference: tuple[float, float, float] | None) -> str:
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in difference)) if difference else ""
 
 
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
 def recall_cell(line: dict) -> str:
     return "{:.1%} ({:.1%})".format(*line["recall"]) if line["recall"] else ""
 
@@ -160,7 +158,7 @@ def short_table(lines: list[dict]) -> str:
             rows.append([f"-- {line['group']}", "", "", "", "", ""])
         accuracy, between = cells(line["accuracy"], line["interval"])
         over = signed(line["over_chance"])
-        rows.append([line["label"][:44], f"{line['ratio']:.1%}", accuracy, between, over, recall_cell(line)])
+        rows.append([line["label"][:44], percent(line["ratio"]), accuracy, between, over, recall_cell(line)])
     wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows)
 
@@ -176,7 +174,7 @@ def table(lines: list[dict]) -> str:
         flips = ["" if line[name] is None else f"{line[name]:g}" for name in ("lost", "won")]
         spread = " ({:.1%} - {:.1%})".format(*line["spread"]) if line["spread"] else ""
         rows.append([
-            line["group"], line["label"], f"{line['n']}{few}", f"{line['ratio']:.1%}", f"{line['decoder_ratio']:.1%}",
+            line["group"], line["label"], f"{line['n']}{few}", percent(line["ratio"]), percent(line["decoder_ratio"]),
             " > ".join(f"{count:g}" for count in line["kept"]), accuracy + spread, between,
             signed(line.get("over_chance")), recall_cell(line),
             "{:.1%} ({})".format(*line["hard"]) if line.get("hard") else "", f"{line['same_answer']:.1%}", *flips,
@@ -195,31 +193,70 @@ def verdict(line: dict) -> str:
     unseen = (high - low) / 2
     return (
         f"{line['label']}: {said} ({signed(line['over_chance'])} points, n = {line['judged']}); "
-        f"so few questions do not tell differences below about {100 * unseen:.0f} points from none"
+        f"so few questions do not tell differences below about {100 * unseen:.0f} points from none, four times as many "
+        "scenes half of that"
     )
 
 
+RIVALS = ("PyramidDrop", "VTW", "CLS attention", "DivPrune", "VisionZip", "average pooling", SMALLER)
+
+
 def draw(lines: list[dict], path: Path) -> None:
-    """Accuracy against FLOPs: methods at equal FLOPs, HiMAP's parameters one at a time, and all that stands alone."""
-    panels = {"methods at equal FLOPs": ("equal",), "HiMAP, one parameter at a time": ("K1", "K2", "R1", "R2")}
-    panels["criteria on the paper's schedule; methods as published"] = ("criteria", "as published", "own")
-    with figure(path, panels=3, size=(19, 6)) as axes:
-        for axis, (title, groups) in zip(axes, panels.items(), strict=True):
-            curves: dict[str, list[dict]] = {}
-            for line in lines:
-                if line["group"].startswith(groups):
-                    name = line["group"] if groups[0] == "K1" else line["label"]
-                    curves.setdefault(name, []).append(line)
-            for number, (name, curve) in enumerate(curves.items()):
-                curve.sort(key=lambda line: line["ratio"])
-                x, y = [line["ratio"] for line in curve], [line["accuracy"] for line in curve]
-                errors = [[abs(line["accuracy"] - line["interval"][side]) for line in curve] for side in (0, 1)]
-                look = {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5], "label": name}
-                axis.errorbar(x, y, yerr=errors, markersize=5, capsize=2, linewidth=1 if number else 2.5, **look)
-            axis.axhline(lines[0]["accuracy"], color="gray", linestyle=":", label="vanilla")
-            axis.set(xlabel="FLOPs of an answer, share of vanilla", ylabel="accuracy", title=title)
-            axis.legend(fontsize=7, loc="lower right")
-        axes[0].text(0.02, 0.02, f"n = {lines[0]['n']}, 95 % intervals", transform=axes[0].transAxes, fontsize=8)
+    """At equal FLOPs accuracy and recall; HiMAP's parameters one at a time; and all that stands alone."""
+    curves: dict[str, list[dict]] = {}
+    for line in lines:
+        if line["group"].startswith("equal"):
+            curves.setdefault(line["label"], []).append(line)
+    ranked = {name: curve for name, curve in curves.items() if name not in RIVALS}
+    recalled = {name: curve for name, curve in ranked.items() if curve[0]["recall"]}
+    others = {name: curve for name, curve in curves.items() if name in ("HiMAP", *RIVALS)}
+    alone = {name: [line for line in lines if line["group"] == name] for name in ("K1", "K2", "R1", "R2")}
+    panels: list[tuple] = [(draw_curves, "equal FLOPs: criteria", ranked, "accuracy")]
+    panels += [(draw_curves, "equal FLOPs: their target recall", recalled, "recall")]
+    panels += [(draw_curves, "equal FLOPs: HiMAP and other methods", others, "accuracy")]
+    panels += [(draw_curves, "HiMAP, one parameter at a time", {k: v for k, v in alone.items() if v}, "accuracy")]
+    for group in ("criteria", "as published", "own"):
+        panels.append((draw_points, group, [line for line in lines if line["group"] == group], ""))
+    panels = [panel for panel in panels if panel[2]] or [(draw_points, "", lines, "")]
+    levels = {line["label"]: line["accuracy"] for line in lines if not line["group"]}
+    across = min(3, len(panels))
+    with figure(path, len(panels), (7 * across, 5 * -(-len(panels) // across)), across) as axes:
+        for axis, (show, title, shown, what) in zip(axes, panels, strict=True):
+            show(axis, shown, levels, what)
+            axis.set_title(f"{title} (n = {lines[0]['n']}, 95 % intervals)" if what != "recall" else title)
+
+
+def draw_curves(axis: Any, curves: dict[str, list[dict]], levels: dict[str, float], what: str) -> None:
+    """A line for each name, against FLOPs, named where it ends; levels: horizontal lines."""
+    ends: list[tuple[float, float, str, str]] = []
+    for (name, curve), color in zip(curves.items(), COLORS, strict=False):
+        curve.sort(key=lambda line: line["ratio"])
+        x, y, errors = [line["ratio"] for line in curve], [line[what] for line in curve], None
+        if what == "recall":
+            y = [recall for recall, _ in y]
+        else:
+            errors = [[abs(line[what] - line["interval"][side]) for line in curve] for side in (0, 1)]
+        axis.errorbar(x, y, yerr=errors, color=color, marker="o", markersize=4, linewidth=1 if ends else 2.5,
+                      elinewidth=0.5)  # fmt: skip
+        ends.append((x[-1], y[-1], name, color))
+    for name, level in levels.items() if what == "accuracy" else ():
+        axis.axhline(level, color="black", linestyle=":", linewidth=1)
+        ends.append((axis.get_xlim()[1], level, name, "black"))
+    axis.set(xlabel="FLOPs of an answer, share of vanilla", ylabel=what, xlim=axis.get_xlim(), ylim=axis.get_ylim())
+    label_ends(axis, ends)
+
+
+def draw_points(axis: Any, lines: list[dict], levels: dict[str, float], _: str) -> None:
+    """A row for each line, the first on top."""
+    rows, accuracy = range(len(lines), 0, -1), [line["accuracy"] for line in lines]
+    errors = [[abs(line["accuracy"] - line["interval"][side]) for line in lines] for side in (0, 1)]
+    axis.yaxis.tick_right()  # beside the names of the lines above
+    axis.errorbar(accuracy, rows, xerr=errors, color=COLORS[1], marker="o", linestyle="", capsize=2)
+    names = [f"{percent(line['ratio'])}  {line['label']}" for line in lines]
+    axis.set(xlabel="accuracy; beside the names: FLOPs", yticks=rows, yticklabels=names, ylim=(0, len(lines) + 1))
+    for name, level in levels.items():
+        axis.axvline(level, color="black", linestyle=":", linewidth=1)
+        axis.text(level, 0.1, f" {name}", fontsize=8, rotation=90)
 
 
 # ---------------------------------------------------------------- command
@@ -243,7 +280,8 @@ def entries_of(args: argparse.Namespace, evaluation: Evaluation) -> list[Entry]:
         swept = published(model.config) + ablations(args.k1, args.k2, args.keep1, args.keep2) + criteria()
         swept = [*fitting(swept, model), *equal_flops(model, evaluation.examples, args.budgets)]
     known = any(example.targets for example in evaluation.examples)
-    return [vanilla, *(entry for entry in swept if known or not any(ORACLE in text for text in entry.methods))]
+    blind = [Entry("", BLIND, ("none",))] if args.questions is None else []
+    return [vanilla, *blind, *(entry for entry in swept if known or not any(ORACLE in text for text in entry.methods))]
 
 
 def main() -> None:
@@ -258,11 +296,14 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, help="shares of vanilla's FLOPs at which methods are compared; "
                         "default: four around the paper's schedule", **several)  # fmt: skip
     parser.add_argument("--methods", nargs="+", help="measure only these (names or stages), or with --quick these, too")
-    parser.add_argument("--positions", choices=POSITIONS, default="kept", help="of the tokens that are left: their own "
-                        "(HiMAP), without gaps, or stretched over the picture's span")  # fmt: skip
+    parser.add_argument("--positions", choices=POSITIONS, default="kept", help="of the tokens that stages leave: "
+                        "their own (HiMAP), without gaps, or stretched over the picture's span; those made before the "
+                        "decoder stand without gaps anyway")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the evaluations")
     parser.add_argument("--plot", type=Path, help="draw accuracy against FLOPs into this file")
     args = parser.parse_args()
+    if args.quick and args.questions is None and args.scenes is None:
+        args.scenes = QUICK_SCENES
     if args.plot:
         check_picture(args.plot)
     evaluation = Evaluation.from_args(args)
@@ -278,7 +319,8 @@ def main() -> None:
     for number, entry in enumerate(entries, start=1):
         print(f"{number} of {len(entries)}: {entry.group} {entry.label}", file=sys.stderr)
         texts = [parse_method(text, evaluation.model) for text in entry.methods]
-        measured = [evaluation.run(method, args.out, with_kept=True) for method in texts]
+        asked = evaluation.blind() if entry.label == BLIND else evaluation
+        measured = [asked.run(method, args.out, with_kept=True) for method in texts]
         vanilla = vanilla or measured[0][1]
         lines.append(line_of(entry, measured, vanilla, evaluation.examples))
         scores.append(scores_of([rows for _, rows in measured], vanilla))

@@ -1,0 +1,104 @@
+"""Target recall: hand-made rows of what stages left."""
+
+import sys
+
+import pytest
+from toys import write_small_model
+
+from himap_ref import HimapError
+from himap_ref.studies import recall
+from himap_ref.studies.examples import Example
+
+
+def example(key, kind, *targets, size=0, place=""):
+    return Example(key, "?", ("x",), kind, None, targets=targets, size=size, place=place)
+
+
+def kept(*stages):
+    return {"kept_tokens": [list(stage) for stage in stages], "kept": [9, *map(len, stages)]}
+
+
+EXAMPLES = [example("a", "color", 1, 2, size=2, place="top left"), example("b", "reading", 5, 6, 7, size=6),
+            example("none", "whole"), example("lost", "color", 1, size=1, place="top left")]  # fmt: skip
+ROWS = {"a": kept([1, 2, 3, 4], [2, 3]), "b": kept([1, 5, 6, 8], [1, 3]), "none": kept([0, 8, 7, 6], [0, 8]),
+        "lost": {"error": "too long"}}  # fmt: skip
+
+
+def test_stages():
+    """The first stage's choice for the last one's; questions without targets, or not answered, as lost ones."""
+    first, last = recall.recalls([ROWS], EXAMPLES)
+    assert first["all"]["n"] == 2 and first["all"]["recall"] == pytest.approx((1 + 2 / 3) / 2)
+    assert last["all"]["recall"] == pytest.approx((1 / 2 + 0) / 2) and last["all"]["hit"] == 0.5
+    assert first["all"]["hit"] == 1.0
+
+
+def test_groups():
+    """A question counted in another's kind, size or place; a long number in a size of its own; targets, not questions,
+    as the weight."""
+    _, last = recall.recalls([ROWS], EXAMPLES)
+    found = {group: (figures["n"], figures["recall"]) for group, figures in last.items()}
+    assert found == {"all": (2, 0.25), "color": (1, 0.5), "reading": (1, 0), "2": (1, 0.5), "4+": (1, 0),
+                     "top left": (1, 0.5)}  # fmt: skip
+    assert list(last) == ["all", "color", "reading", "2", "4+", "top left"]
+
+
+def test_sizes():
+    """The size below or above; several things, which have none, among the small ones."""
+    groups = [recall.groups_of(example("a", "count", 1, size=size, place="x"))[2:] for size in (0, 1, 3, 4, 7)]
+    assert groups == [(), ("1 patch", "x"), ("3", "x"), ("4+", "x"), ("4+", "x")]
+
+
+def test_chance():
+    """Chance by the picture's 144 patches, not by the tokens that entered; by those that entered the stage; a hit by
+    chance as likely as one patch is, or as if patches were drawn with replacement."""
+    first, last = (figures["color"] for figures in recall.recalls([ROWS], EXAMPLES))
+    assert (first["chance"], last["chance"]) == (pytest.approx(4 / 9), pytest.approx(2 / 9))
+    assert first["hit_chance"] == pytest.approx(1 - 5 / 9 * 4 / 8)  # no target among the five of nine that went
+    assert recall.of_question((0, 1), range(8), 9)["hit_chance"] == 1  # two targets, one token gone
+    assert recall.of_question((0,), (), 9) == {"recall": 0, "chance": 0, "hit": False, "hit_chance": 0}
+
+
+def test_seeds():
+    """The last seed alone; n counted once for every seed."""
+    other = {**ROWS, "a": kept([1, 3, 4, 5], [3, 4])}
+    figures = recall.recalls([ROWS, other], EXAMPLES)[-1]["color"]
+    assert (figures["n"], figures["recall"]) == (1, 0.25)
+
+
+def test_nothing_to_tell():
+    """A crash, or 0 %, where there are no targets or no stages."""
+    assert recall.recalls([ROWS], EXAMPLES[2:3]) == []
+    assert recall.recalls([{"a": {"kept_tokens": [], "kept": [9]}}], EXAMPLES[:1]) == []
+
+
+def test_table():
+    """A stage's row under another layer, headings beside other figures."""
+    text = recall.table({"m": ((2, 8), recall.recalls([ROWS], EXAMPLES))})
+    header, _, first, last = text.splitlines()[:4]
+    assert [cell.strip() for cell in header.split("|")[3:6]] == ["all (2)", "color (1)", "reading (1)"]
+    assert first.startswith("| m | 2 | 83.3% | 100.0% | 66.7% |") and last.startswith(
+        "| m | 8 | 25.0% | 50.0% | 0.0% |"
+    )
+    assert header.endswith("| chance | hit | hit by chance |") and last.count("|") == header.count("|")
+
+
+@pytest.mark.parametrize("side, method, reason", [(28, "1:2:text_to_image", "no target patches"),
+                                                  (168, "pool:3", "has no stages"), (168, "", "")])  # fmt: skip
+def test_command(monkeypatch, capsys, tmp_path, side, method, reason):
+    """Targets of the scenes' 12 x 12 patches looked for among a model's own four; a reducer's empty table; more than
+    one token said for it."""
+    write_small_model(tmp_path / "m", side=side)
+    words = ["--weights", tmp_path / "m", "--scenes", 1, "--out", tmp_path / "out"]
+    words += ["--methods", method or "1:20:text_to_image,2:5:random"]
+    monkeypatch.setattr(sys, "argv", ["recall", *map(str, words)])
+    if reason:
+        with pytest.raises(HimapError, match=reason):
+            recall.main()
+        return
+    recall.main()
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 6 and "| 1 | " in shown[2] and "| 2 | " in shown[3] and "13.9%" in shown[2]
+    assert (
+        len([*(tmp_path / "out").glob("*.jsonl")]) == 5
+        and '"new_tokens": 1,' in next((tmp_path / "out").glob("*.jsonl")).read_text()
+    )
