@@ -306,7 +306,7 @@ def test_bars(study, tmp_path):
     pytest.importorskip("matplotlib")
     study("--limit", 1, "--plot", tmp_path / "new" / "flow.png")
     with Image.open(tmp_path / "new" / "flow.png") as picture:
-        assert picture.size == (1800, 600)
+        assert picture.size == (1800, 1200)
     (tmp_path / "x.png").mkdir()
     with pytest.raises(HimapError, match="cannot be written"), figure(tmp_path / "x.png", 1, (1, 1)):
         pass

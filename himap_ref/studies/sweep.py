@@ -220,7 +220,7 @@ def draw(lines: list[dict], path: Path) -> None:
     panels = [panel for panel in panels if panel[2]] or [(draw_points, "", lines, "")]
     levels = {line["label"]: line["accuracy"] for line in lines if not line["group"]}
     across = min(3, len(panels))
-    with figure(path, len(panels), (7 * across, 5 * -(-len(panels) // across)), across) as axes:
+    with figure(path, len(panels), (max(10, 7 * across), 5 * -(-len(panels) // across)), across) as axes:
         for axis, (show, title, shown, what) in zip(axes, panels, strict=True):
             show(axis, shown, levels, what)
             axis.set_title(f"{title} (n = {lines[0]['n']}, 95 % intervals)" if what != "recall" else title)
@@ -254,9 +254,10 @@ def draw_points(axis: Any, lines: list[dict], levels: dict[str, float], _: str) 
     axis.errorbar(accuracy, rows, xerr=errors, color=COLORS[1], marker="o", linestyle="", capsize=2)
     names = [f"{percent(line['ratio'])}  {line['label']}" for line in lines]
     axis.set(xlabel="accuracy; beside the names: FLOPs", yticks=rows, yticklabels=names, ylim=(0, len(lines) + 1))
-    for name, level in levels.items():
+    ends = [(len(lines) + 0.9, "top"), (0.1, "bottom")]  # apart, as the levels may be close
+    for (name, level), (height, side) in zip(levels.items(), ends, strict=False):
         axis.axvline(level, color="black", linestyle=":", linewidth=1)
-        axis.text(level, 0.1, f" {name}", fontsize=8, rotation=90)
+        axis.text(level, height, f" {name}", fontsize=8, rotation=90, va=side)
 
 
 # ---------------------------------------------------------------- command
