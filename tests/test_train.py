@@ -58,7 +58,7 @@ def test_packed_text_is_the_prompt(tokenizer):
     scenes, eos = Scenes(PLAN, tokenizer, 40), tokenizer.token_to_id("</s>")
     for index in range(20):
         scene = make_scene(PLAN.seed + index, *PLAN.things(index))
-        asked = make_questions(scene, train.QUESTIONS, kinds=train.ASKED)
+        asked = make_questions(scene, train.QUESTIONS, kinds=PLAN.kinds(index))
         item = scenes[index]
         for segment in item["segment"].unique().tolist():
             own = (item["segment"] == segment).nonzero().flatten()

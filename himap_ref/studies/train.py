@@ -80,7 +80,8 @@ SLOW_WEIGHT = 3  # of questions that are learned last
 SAVE_EVERY, CHECKED = 250, 256  # steps; unseen scenes on which it is then checked
 ALIGN_WEIGHT = 0.1  # of the first phase's loss in the second
 QUESTIONS = 26  # made for a scene, of which about 16 fit
-ASKED = (*KINDS, "count", "count", "choice", "relation", "relation")  # those that come last are asked more often
+ASKED = ((0, (*KINDS, "count", "count", "choice", "relation", "relation")),  # from this step on; those that come last
+         (3500, (*KINDS, *6 * ("count",), "relation", "whole", "whole")))  # are asked more often  # fmt: skip
 
 
 # ---------------------------------------------------------------- tokenizer and shape of the model
@@ -155,6 +156,9 @@ class Plan:
         """Most and fewest."""
         return [(most, least) for step, least, most in self.num_things if index // self.batch >= step][-1]
 
+    def kinds(self, index: int) -> tuple[str, ...]:
+        return [kinds for step, kinds in ASKED if index // self.batch >= step][-1]
+
 
 class Scenes(Dataset):
     """Sample -> pixels, ids of the packed questions, and for each id its segment, place, target and kind."""
@@ -168,13 +172,13 @@ class Scenes(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         scene = make_scene(self.plan.seed + index, *self.plan.things(index))
         pixels = torch.frombuffer(bytearray(draw(scene).tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3)
-        return {"pixels": pixels, "words": patch_words(scene), **self.pack(scene)}
+        return {"pixels": pixels, "words": patch_words(scene), **self.pack(scene, self.plan.kinds(index))}
 
-    def pack(self, scene: Scene) -> dict[str, Tensor]:
+    def pack(self, scene: Scene, kinds: tuple[str, ...]) -> dict[str, Tensor]:
         """As many questions as fit the blocks, one after the other; segment 0 is padding, a question 1, 2, ..."""
         fill = {"ids": 0, "segment": 0, "place": 0, "target": -100, "kind": -1, "weight": 0}
         blocks: list[dict[str, list[int]]] = [{name: [] for name in fill} for _ in range(BLOCKS)]
-        for number, question in enumerate(make_questions(scene, QUESTIONS, kinds=ASKED), 1):
+        for number, question in enumerate(make_questions(scene, QUESTIONS, kinds=kinds), 1):
             asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
             answer = self.tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids
             ids = asked + answer  # </s> is a target only: nothing follows it
