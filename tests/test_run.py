@@ -106,19 +106,6 @@ def test_foreign_picture(run, tmp_path):
     assert "knows only" not in run()[2]
 
 
-@pytest.mark.parametrize("palette, said", [("#de2020 #f6d60c", True), (None, False)])
-def test_note_of_any_folder(run, tmp_path, palette, said):
-    """A note that only this repository's folder can have; a drawing of other colours taken for a photograph."""
-    folder = shutil.copytree(ROOT / "weights" / "shapes", tmp_path / "model", ignore=shutil.ignore_patterns("results"))
-    settings = json.loads((folder / "himap.json").read_text()) | {"note": "not what it knows", "palette": palette}
-    (folder / "himap.json").write_text(json.dumps({name: text for name, text in settings.items() if text}))
-    Image.new("RGB", (50, 50), (0, 160, 0)).save(tmp_path / "green.png")
-    Image.new("RGB", (50, 50), (222, 32, 32)).save(tmp_path / "red.png")
-    ask = "--weights", folder, "--prompt", "What is it?", "--max-new-tokens", 1, "--image"
-    assert ("note: not what it knows\n" in run(*ask, tmp_path / "green.png")[2]) == said
-    assert "not what it knows" not in run(*ask, tmp_path / "red.png")[2]
-
-
 def test_chat(run, monkeypatch):
     """A turn that computes the conversation anew or forgets it, a note among the answers, an end without a word."""
     typed = "What color is the star?\n\n  How many objects are there?\n" + "is " * 600 + "?\nIs there a circle?\n"

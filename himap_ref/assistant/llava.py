@@ -43,7 +43,7 @@ class Llava(LlavaModel):
         self.image_processor = ImageProcessor()
         self.eos_token_ids: tuple[int, ...] = ()
         self.template = TEMPLATES["vicuna_v1"]
-        self.settings: dict = {}  # himap.json: "template", "stages" (the schedule that suits it), "note" (its limits)
+        self.settings: dict = {}  # himap.json: "template", "stages" (that suit it), what it knows: `commands.known`
 
     @classmethod
     def from_pretrained(

@@ -29,9 +29,10 @@ from . import report
 from .chat import chat
 from .files import write_text, write_whole
 from .html_report import draw_report
+from .known import note_on
 from .manners import run_command, tell
 from .options import EMBEDDED, add_model_arguments, is_embedded, load_model, note_roles, revision_of
-from .picture import draw_kept, looks_drawn
+from .picture import draw_kept
 
 EXAMPLE = (EMBEDDED / "example.png", "What color is the star?")
 ROUNDS = 5  # of --compare, after one that is not counted
@@ -136,16 +137,16 @@ def main(args: argparse.Namespace) -> None:
     loading = {"load": time.perf_counter() - start}
     method = find_method(args, model)
     tell_of_input(args, model, method, name, prompt)
-    if image and {"note", "palette"} <= {*model.settings} and not looks_drawn(image, model.settings["palette"]):
-        tell("note: " + model.settings["note"])
     generate: Callable[..., Any] = partial(  # one answer to one question
         model.generate, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
         seed=args.seed,
     )  # fmt: skip
     if args.chat:
-        chat(model, generate, partial(generate, image, stages=method.stages, reducer=method.reducer), prompt)
+        chat(model, image, generate, partial(generate, image, stages=method.stages, reducer=method.reducer), prompt)
         return
     note_roles(model, str(prompt))
+    if note := note_on(model, image, str(prompt)):
+        tell(f"note: {note}")
     ask, vanilla = partial(generate, image, prompt), None
     ask_pruned = partial(ask, method.stages, reprune=args.reprune, reducer=method.reducer)
     if args.compare:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from PIL import Image
+
 from ..assistant import Answer, Llava
 from ..errors import HimapError
+from .known import note_on
 from .manners import tell
 from .options import note_roles
 from .report import amount
@@ -28,15 +31,20 @@ def questions(first: str | None) -> Iterator[str]:
             yield line.strip()
 
 
-def chat(model: Llava, ask: Callable[..., Any], ask_first: Callable[..., Any], first: str | None) -> None:
+def chat(
+    model: Llava, image: Image.Image | None, ask: Callable[..., Any], ask_first: Callable[..., Any], first: str | None
+) -> None:  # fmt: skip
     """Answers go to standard output as they come, all else to standard error.
 
-    ask_first: `Llava.generate` for the first turn, all but the question; ask: for later ones.
+    image: what it is all about; ask_first: `Llava.generate` for the first turn, all but the question; ask: for later
+    ones.
     """
     past, turn, context = None, 0, model.config.text_config.max_position_embeddings
     full = f"note: the conversation ends here: it fills the model's context of {context} tokens"
     for question in questions(first):
         note_roles(model, question)
+        if note := note_on(model, image, question):
+            tell(f"note: {note}")
         try:
             show: Callable[[str], None] = partial(print, end="", flush=True)
             answer = ask(None, question, past=past, on_text=show) if past else ask_first(question, on_text=show)

@@ -1,15 +1,13 @@
-"""Pictures as a command sees them: drawn with the patches that are left after each stage, and told from photographs."""
+"""Pictures drawn with the patches that are left after each stage."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
-from reprlib import repr as short
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
@@ -250,20 +248,3 @@ def legend(side: int, model: Llava, tokens: ImageTokens, answer: Answer) -> Imag
     for i, line in enumerate(lines):
         pen.text((0, i * step), line, INK, font)
     return page
-
-
-# ---------------------------------------------------------------- drawn or photographed
-
-
-def looks_drawn(image: Image.Image, palette: str) -> bool:
-    """Whether nearly all pixels are pale or of the palette ("#de2020 #2050e0 ..."), as in no photograph."""
-    if not re.fullmatch(r"#[0-9a-fA-F]{6}(\s+#[0-9a-fA-F]{6})*", palette):
-        raise HimapError(f"palette {short(palette)}: expected colours such as #de2020, with spaces between them")
-    colors = [tuple(bytes.fromhex(color[1:])) for color in palette.split()]
-    raw = image.resize((64, 64), Image.Resampling.NEAREST).tobytes()
-    pixels = list(zip(raw[0::3], raw[1::3], raw[2::3], strict=True))
-    return sum(_is_drawn(pixel, colors) for pixel in pixels) > 0.9 * len(pixels)
-
-
-def _is_drawn(pixel: tuple[int, int, int], colors: list[tuple[int, ...]]) -> bool:
-    return min(pixel) > 190 or any(max(abs(a - b) for a, b in zip(pixel, c, strict=True)) < 24 for c in colors)

@@ -15,8 +15,8 @@ import gradio as gr
 from ..assistant import Llava
 from ..assistant.picture import load_image
 from ..commands.html_report import draw_report
+from ..commands.known import note_on
 from ..commands.manners import told
-from ..commands.picture import looks_drawn
 from ..errors import HimapError
 from ..methods.schedules import METHODS, Method, parse_method, tell_errors
 from ..methods.scores import SCORES
@@ -113,8 +113,8 @@ def answer_as_html(model: Llava, picture: str | None, question: str, method: Met
         image = load_image(picture)
     except HimapError as error:
         raise HimapError(str(error).replace(picture, "the picture")) from None
-    if {"note", "palette"} <= {*model.settings} and not looks_drawn(image, model.settings["palette"]):
-        gr.Warning(html.escape(model.settings["note"]))
+    if note := note_on(model, image, question):
+        gr.Warning(html.escape(note))
     answer: Any = model.generate(image, question, method.stages, tokens, reducer=method.reducer)
     vanilla: Any = model.generate(image, question, (), tokens)
     report = html.escape(draw_report(model, image, question, answer, vanilla, method.reducer))

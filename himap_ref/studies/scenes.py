@@ -384,6 +384,34 @@ def _ask_whole(scene: Scene, rng: random.Random) -> Question | None:
     return Question("whole", "What pattern is the background?", scene.background)
 
 
+def question_forms() -> dict[str, list[str]]:
+    """How all questions of a kind are worded: "Where is the {circle|square}?" stands for two."""
+    shape, color, place, side = map(_one_of, (SHAPES, COLORS, PLACES, SIDES))
+    a_shape, a_color = (_one_of(map(_with_article, names)) for names in (SHAPES, COLORS))
+    counted = _one_of(["things", *map(_plural, SHAPES)])
+    colors = [f"What color is the {shape}?", f"What color is the thing at the {place}?"]
+    shapes = [f"What shape is the {color} thing?", f"What shape is at the {place}?"]
+    return {
+        "color": colors,
+        "shape": shapes,
+        "place": [f"Where is the {color} {shape}?", f"Where is the {shape}?"],
+        "count": [f"How many {color} things are there?", f"How many {counted} are there?"],
+        "yesno": [f"Is there {a_color} {shape}?", f"Is there {a_shape}?", f"Is there anything at the {place}?"],
+        "choice": [
+            "\n".join([text, *(f"{letter}. {names}" for letter in LETTERS), CHOICE_HINT])
+            for names, texts in ((color, colors), (shape, shapes))
+            for text in texts
+        ],
+        "relation": [f"What is {side} the {color} {shape}?"],
+        "reading": ["What number is written?"],
+        "whole": [f"Are there more {color} things or more {color} things?", "What pattern is the background?"],
+    }
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return "{" + "|".join(words) + "}"
+
+
 def _alone(scene: Scene, key: Callable[[Thing], str]) -> list[Thing]:
     """The things whose key no other thing of the scene has."""
     counts = Counter(map(key, scene.things))

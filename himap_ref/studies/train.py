@@ -20,9 +20,11 @@ import argparse
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -42,7 +44,7 @@ from ..decoder import DecoderLayer, rope
 from ..errors import HimapError
 from ..image import ImageProcessor
 from ..prompt import TEMPLATES
-from .drawing import draw
+from .drawing import INK, draw
 from .hub_layout import folder_files
 from .scenes import (
     COLORS,
@@ -62,14 +64,11 @@ from .scenes import (
     make_questions,
     make_scene,
     patches_of,
+    question_forms,
 )  # fmt: skip
 
 TEMPLATE = TEMPLATES["shapes"]
 SYSTEM = TEMPLATE.split("<image>")[0]
-NOTE = (
-    "this small model knows only drawn scenes of coloured shapes; for other pictures: "
-    "python run.py --weights llava-1.5-7b --image FILE --prompt QUESTION"
-)
 SCHEDULE = "4:0.5:text_to_image,8:0.5:image_to_image"  # himap.json: what the sweep found to suit this model best
 EXAMPLE_SEED = UNSEEN + 10
 BLOCKS, BLOCK = 4, 58  # of questions and answers per picture; tokens in a block, the longest question is shorter
@@ -360,14 +359,33 @@ def learning_rate(step: int, steps: int) -> float:
 # ---------------------------------------------------------------- export
 
 
+def settings() -> dict[str, str]:
+    """What himap.json says: how to ask the model, and what it knows (`commands.known`), in the scenes' own words."""
+    forms, turn = question_forms(), count()
+
+    def one_of(braces: re.Match) -> str:  # another at every turn: "more red things or more green things"
+        words = braces[1].split("|")
+        return words[next(turn) % len(words)]
+
+    examples = (re.sub(r"\{(.*?)\}", one_of, own[0]) for kind, own in forms.items() if kind != "choice")
+    return {
+        "template": TEMPLATE,
+        "note": "this small model knows only drawn scenes and these kinds of question, in these words: "
+        f"{' '.join(examples)} (or with four options to choose from); for others: "
+        "python run.py --weights llava-1.5-7b --image FILE --prompt QUESTION",
+        "palette": " ".join(f"#{bytes(color).hex()}" for color in (*COLORS.values(), INK)),
+        "questions": "\n\n".join(form for own in forms.values() for form in own),
+        "stages": SCHEDULE,
+    }
+
+
 def export(model: Llava, tokenizer: Tokenizer, folder: Path) -> None:
     """A folder in llava-hf's layout, with the tensor names of its files on the hub, which every transformers reads."""
     model.tokenizer = tokenizer
     model.image_processor = ImageProcessor(
         shortest_edge=SIZE, crop_size=(SIZE, SIZE), image_mean=(MEAN,) * 3, image_std=(STD,) * 3
     )
-    palette = " ".join(f"#{bytes(color).hex()}" for color in COLORS.values())
-    model.settings = {"template": TEMPLATE, "note": NOTE, "palette": palette, "stages": SCHEDULE}
+    model.settings = settings()
     more = {
         "processor_config": {
             "processor_class": "LlavaProcessor", "patch_size": PATCH, "vision_feature_select_strategy": "default",
