@@ -268,29 +268,18 @@ def _about(thing: Thing | Number, kind: str, text: str, answer: str) -> Question
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Question | None:
-    about = rng.choice(("things", "color", "shape"))
-    if about == "things":
-        counted, what = list(scene.things), "things"
-    else:
-        names = COLORS if about == "color" else SHAPES
-        name = _pick_counted(rng, names, [getattr(thing, about) for thing in scene.things])
-        counted = [thing for thing in scene.things if getattr(thing, about) == name]
-        what = f"{name} things" if about == "color" else _plural(name)
-    return Question("count", f"How many {what} are there?", str(len(counted)), targets=_patches(counted))
+    """All things, or first the number is picked, the larger the likelier, and then what there are so many of.
 
-
-def _pick_counted(rng: random.Random, names: Iterable[str], present: list[str]) -> str:
-    """A name that is seldom absent, and otherwise the more often present the likelier.
-
-    Left to chance, nearly all answers would be one: many names are present once, few are present often.
+    Picked by name, nearly all answers would be 0 or 1: many names are absent or present once, few are present often.
     """
-    counts = Counter(present)
-    absent = [name for name in names if name not in counts]
-    if absent and rng.random() < 0.15:
-        return rng.choice(absent)
-    numbers = sorted(set(counts.values()))
-    number = rng.choices(numbers, weights=[n * n for n in numbers])[0]
-    return rng.choice([name for name in counts if counts[name] == number])
+    named = {f"{color} things": [thing for thing in scene.things if thing.color == color] for color in COLORS}
+    named |= {_plural(shape): [thing for thing in scene.things if thing.shape == shape] for shape in SHAPES}
+    numbers = sorted({len(things) for things in named.values()})
+    weights = [number if number > 1 else 0.5 for number in numbers]
+    number = rng.choices([*numbers, None], [*weights, len(scene.things)])[0]
+    counted = {"things": [*scene.things]} if number is None else named
+    what, things = rng.choice([(what, things) for what, things in counted.items() if number in (len(things), None)])
+    return Question("count", f"How many {what} are there?", str(len(things)), targets=_patches(things))
 
 
 def _ask_yesno(scene: Scene, rng: random.Random) -> Question | None:
