@@ -26,7 +26,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
-from toys import SMALL_CONFIG, join_safetensors, noise, split_safetensors, write_json, write_small_model
+from toys import SMALL_CONFIG, join_safetensors, make_tokenizer, noise, split_safetensors, write_json, write_small_model
 
 from himap_ref import HimapError, Llava, LlavaConfig, TextConfig, VisionConfig
 from himap_ref.assistant import llava
@@ -1099,7 +1099,9 @@ def test_disk_full_for_a_training(tmp_path):
     (tmp_path / "state.pt").write_text("old")
     (tmp_path / "state.new").symlink_to("/dev/full")
     with pytest.raises(HimapError, match=r"state.pt: cannot be written \(.+\)"):
-        save_state(tmp_path / "state.pt", "align", 1, torch.nn.Linear(100, 100), [])
+        model = torch.nn.Linear(100, 100)
+        model.tokenizer = make_tokenizer("byte-level")
+        save_state(tmp_path / "state.pt", "align", 1, model, [])
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("state.pt", "old")]
 
 

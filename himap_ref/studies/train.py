@@ -379,9 +379,8 @@ def settings() -> dict[str, str]:
     }
 
 
-def export(model: Llava, tokenizer: Tokenizer, folder: Path) -> None:
+def export(model: Llava, folder: Path) -> None:
     """A folder in llava-hf's layout, with the tensor names of its files on the hub, which every transformers reads."""
-    model.tokenizer = tokenizer
     model.image_processor = ImageProcessor(
         shortest_edge=SIZE, crop_size=(SIZE, SIZE), image_mean=(MEAN,) * 3, image_std=(STD,) * 3
     )
@@ -422,10 +421,14 @@ def word_vectors(model: Llava, tokenizer: Tokenizer) -> list[Tensor]:
     return [vocabulary[group].clone() for group in ids]
 
 
-def save_state(path: Path, phase: str, step: int, model: nn.Module, opts: Sequence[torch.optim.Optimizer]) -> None:
-    """Written beside and renamed, so that a kill leaves the old state or the new one."""
+def save_state(path: Path, phase: str, step: int, model: Llava, opts: Sequence[torch.optim.Optimizer]) -> None:
+    """Written beside and renamed, so that a kill leaves the old state or the new one.
+
+    The tokenizer is a part of it: one built anew, of questions that have changed since, gives words other ids.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"phase": phase, "step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}
+    state["tokenizer"] = model.tokenizer.to_str()
     try:
         torch.save(state, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
@@ -440,7 +443,7 @@ def read_state(path: Path) -> dict | None:
         return None
     try:
         state = torch.load(path, weights_only=True)
-        return {name: state[name] for name in ("phase", "step", "model", "optimizers")}
+        return {name: state[name] for name in ("phase", "step", "model", "optimizers", "tokenizer")}
     except Exception as error:  # whatever torch and its unpickler make of other bytes
         reason = str(error).split("\n")[0] or type(error).__name__
         raise HimapError(f"{path}: no state of a training ({reason}): remove it, or choose another --state") from None
@@ -458,7 +461,7 @@ def evaluate(model: Llava, loader: DataLoader, prefix: Tensor, step_layer: StepL
 
 
 def run_phase(
-    phase: Phase, model: Llava, tokenizer: Tokenizer, loss_of: Callable[[dict], Tensor],
+    phase: Phase, model: Llava, loss_of: Callable[[dict], Tensor],
     check: Callable[[int], None], state_path: Path, state: dict | None,
 ) -> None:  # fmt: skip
     """Trains from the saved step, or from 0, to the phase's end; `check` is called after each save."""
@@ -467,7 +470,7 @@ def run_phase(
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
         first = state["step"]
-    data = Scenes(phase.plan, tokenizer, phase.steps * phase.batch)
+    data = Scenes(phase.plan, model.tokenizer, phase.steps * phase.batch)
     rest = range(first * phase.batch, len(data))
     loader = DataLoader(data, phase.batch, sampler=rest, num_workers=1, prefetch_factor=4)
     progress = tqdm(loader, phase.name, initial=first, total=phase.steps, unit="step")
@@ -490,9 +493,10 @@ def train(args: argparse.Namespace) -> None:
     state = read_state(args.state)
     check_writable(args.out / "example.png")  # rather than after hours
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = Tokenizer.from_str(state["tokenizer"]) if state else build_tokenizer()
     model = Llava(shapes_config(tokenizer.get_vocab_size(), cast(int, tokenizer.token_to_id("<image>"))))
     init_weights(model, args.seed)
+    model.tokenizer = tokenizer
     vectors, prefix = word_vectors(model, tokenizer), torch.tensor(tokenizer.encode(SYSTEM).ids)
     if state:
         model.load_state_dict(state["model"])
@@ -515,10 +519,10 @@ def train(args: argparse.Namespace) -> None:
 
     if state is None or state["phase"] == "align":
         phase = Phase("align", args.align_steps, 32, 2e-3, Plan(0, ((0, 1, 9),), 32))
-        run_phase(phase, model, tokenizer, align, lambda step: None, args.state, state)
+        run_phase(phase, model, align, lambda step: None, args.state, state)
     phase = Phase("answer", args.steps, BATCH, args.lr, Plan(100_000_000, THINGS, BATCH))
-    run_phase(phase, model, tokenizer, answer, check, args.state, state)
-    export(model.eval(), tokenizer, args.out)
+    run_phase(phase, model, answer, check, args.state, state)
+    export(model.eval(), args.out)
 
 
 def main() -> None:
