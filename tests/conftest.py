@@ -12,28 +12,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 import pytest
 import torch
 from safetensors.torch import load_file
+from toys import TINY_CONFIG, random_llava, random_weights, tensors_of, write_folder
 
 from himap_ref import LlamaDecoder, Llava, LlavaConfig, TextConfig, VisionConfig
+from himap_ref.checkpoint.config import read_config
+from himap_ref.commands.manners import run_command
 from himap_ref.studies.drawing import draw
 from himap_ref.studies.scenes import UNSEEN, make_scene
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-
-
-def fill(module, seed=0):
-    """Random weights under which every part matters: norms away from 1, biases away from 0, attention far from flat."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(module.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            parameter.data = 1 + 0.3 * noise
-        elif parameter.dim() == 1:
-            parameter.data = 0.2 * noise
-        else:
-            gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
-            parameter.data = gain * noise / parameter[0].numel() ** 0.5
-    return module.requires_grad_(False).eval()
 
 
 def tiny_text_config(**changes):
@@ -47,7 +35,7 @@ def tiny_text_config(**changes):
 @pytest.fixture
 def tiny_decoder():
     """Factory: changes to the text config -> a random fp32 decoder."""
-    return lambda seed=0, **changes: fill(LlamaDecoder(tiny_text_config(**changes)), seed)
+    return lambda seed=0, **changes: random_weights(LlamaDecoder(tiny_text_config(**changes)), seed)
 
 
 @pytest.fixture
@@ -61,9 +49,21 @@ def tiny_llava():
         }  # fmt: skip
         vision_config = VisionConfig(**values | (vision or {}))
         config = LlavaConfig(vision_config, tiny_text_config(**text or {}), image_token_index=96, **changes)
-        return fill(Llava(config), seed)
+        return random_llava(config, seed)
 
     return build
+
+
+@pytest.fixture
+def model():
+    """Of TINY_CONFIG."""
+    return random_llava(read_config(TINY_CONFIG))
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    """That model's, to damage."""
+    return write_folder(tmp_path / "model", tensors_of(model))
 
 
 @pytest.fixture
@@ -110,6 +110,12 @@ def command(monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def study(command):
+    """A study's module and its options -> the same, as from a shell, but without seconds for torch to load."""
+    return lambda module, *options: command(lambda: run_command(module.main), module.__name__, *options)
 
 
 @pytest.fixture

@@ -662,7 +662,7 @@ CONFIGS = [  # section, its entry, the value, the line
     ("text_config", "rms_norm_eps", "1e-5", "TextConfig.rms_norm_eps '1e-5': expected float, 1e-12 to 1e+12"),
     ("text_config", "rms_norm_eps", float("nan"), "TextConfig.rms_norm_eps nan: expected float, 1e-12 to 1e+12"),
     ("text_config", "attention_bias", 1, "TextConfig.attention_bias 1: expected bool"),
-    ("text_config", "hidden_act", "relu", "TextConfig.hidden_act 'relu': expected Literal['silu']"),
+    ("text_config", "hidden_act", "gelu", "TextConfig.hidden_act 'gelu': expected Literal['silu']"),
     ("text_config", "model_type", "mistral", "text_config.model_type 'mistral' is not supported: expected 'llama'"),
     ("text_config", "rope_parameters", "yarn", "rope_parameters 'yarn': expected a JSON object"),
     ("text_config", "rope_parameters", {"rope_type": "yarn"}, "RoPE of type 'yarn' is not supported: ..."),
@@ -678,6 +678,7 @@ CONFIGS = [  # section, its entry, the value, the line
     ("vision_config", "model_type", "siglip_vision_model", "vision_config.model_type 'siglip_vision_model' is not "
      "supported: expected 'clip_vision_model'"),
     (None, "model_type", "qwen2_vl", "model_type 'qwen2_vl' is not supported: expected 'llava'"),
+    (None, "model_type", "llava_next", "model_type 'llava_next' is not supported: expected 'llava'"),
     (None, "model_type", ["llava"], "model_type ['llava'] is not supported: expected 'llava'"),
     (None, "text_config", "x", "text_config 'x': expected a JSON object"),
     (None, "vision_config", [], "vision_config []: expected a JSON object"),
@@ -689,10 +690,13 @@ CONFIGS = [  # section, its entry, the value, the line
     (None, "image_token_index", 400, "the tokenizer has no added token 400 (image_token_index): ..."),
     (None, "image_token_index", 10**6, "the tokenizer has no added token 1000000 (image_token_index): ..."),
     (None, "vision_feature_layer", 3, "vision_feature_layer 3: expected indices into 3 states"),
+    (None, "vision_feature_layer", -4, "vision_feature_layer -4: expected indices into 3 states"),
     (None, "vision_feature_layer", [-2, -5], "vision_feature_layer (-2, -5): expected indices into 3 states"),
     (None, "vision_feature_select_strategy", "cls", "LlavaConfig.vision_feature_select_strategy 'cls': expected "
      "Literal['default', 'full']"),
     (None, "projector_hidden_act", 5, "LlavaConfig.projector_hidden_act 5: expected Literal['gelu', 'quick_gelu']"),
+    (None, "projector_hidden_act", "tanh", "LlavaConfig.projector_hidden_act 'tanh': expected Literal['gelu', ...]"),
+    (None, "projector_type", "resampler", "LlavaConfig.projector_type 'resampler': expected Literal[...]"),
 ]  # fmt: skip
 
 
@@ -725,7 +729,7 @@ PREPROCESSORS = [  # entry, the value, the line
     ("image_std", [0, 1, 1], f"ImageProcessor.image_std (0, 1, 1): {TRIPLE}, 1e-06 to 1e+06"),
     ("do_resize", "no", "image processor: do_resize is neither true nor false"),
     ("do_center_crop", False, "{folder}: the image processor does not make pictures of 28 pixels a side"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value, message", PREPROCESSORS, ids=[f"{n}={v!s:.20}" for n, v, _ in PREPROCESSORS])
@@ -764,10 +768,9 @@ def test_limits():
 
 
 @pytest.fixture
-def study(command, whole):
+def evaluated(study, whole):
     """Arguments of the evaluation -> (exit status, standard output, standard error)."""
-    usual = "evaluate", "--weights", whole, "--max-new-tokens", 1
-    return lambda *args: command(lambda: run_command(evaluate.main), *usual, *args)
+    return lambda *args: study(evaluate, "--weights", whole, "--max-new-tokens", 1, *args)
 
 
 ENTRY = {"id": 1, "image": "b.png", "text": "Why?", "label": "x"}
@@ -810,23 +813,24 @@ QUESTIONS = {  # what is wrong: (the file's contents, or its entries, line)
 
 
 @pytest.mark.parametrize("data, message", QUESTIONS.values(), ids=QUESTIONS)
-def test_question_file(study, tmp_path, data, message):
+def test_question_file(evaluated, tmp_path, data, message):
     folder, file = tmp_path / "pictures", tmp_path / "questions.json"
     folder.mkdir()
     noise(40, 30).save(folder / "b.png")
     (folder / "link").symlink_to("/etc/hostname")
     os.mkfifo(folder / "pipe")
     file.write_bytes((data if isinstance(data, str) else json.dumps(data)).encode("latin-1"))
-    status, out, err = study("--questions", file, "--image-folder", folder, "--out", tmp_path / "a.jsonl")
+    status, out, err = evaluated("--questions", file, "--image-folder", folder, "--out", tmp_path / "a.jsonl")
     line = err.splitlines()[-1]  # before it the bar of the questions that were tried
     assert says(message.format(file=file, folder=folder), line), err
     assert (status, out) == (2, "") and "Traceback" not in err
 
 
-def test_an_id_is_told_harmlessly(study, tmp_path):
+def test_an_id_is_told_harmlessly(evaluated, tmp_path):
     """A terminal that obeys a question file: beside each question's error stands its id."""
     write_json(tmp_path / "questions.json", [ENTRY | {"id": "a\n\x1b[31m", "image": "no.png"}])
-    status, _, err = study("--questions", tmp_path / "questions.json", "--image-folder", tmp_path, "--out", tmp_path)
+    asked = "--questions", tmp_path / "questions.json", "--image-folder", tmp_path
+    status, _, err = evaluated(*asked, "--out", tmp_path)
     assert status == 2 and r"a\n\x1b[31m: " in err and "\x1b[31m" not in err
 
 
@@ -863,17 +867,24 @@ STUDIES = [  # study, its arguments, line
     ("evaluate", ["--limit", 0], "--limit 0: must be at least 1"),
     ("evaluate", ["--out", "/dev/full/x.jsonl"], "/dev/full/x.jsonl: cannot be written (...)"),
     ("evaluate", ["--revision", "v1"], "revision 'v1': '...' is a folder, which has no other: leave it out"),
-]
+    ("evaluate", ["--batch", 0], "--batch and --max-new-tokens: must be at least 1"),
+    ("evaluate", ["--max-new-tokens", 0], "--batch and --max-new-tokens: must be at least 1"),
+    ("evaluate", ["--method", "x"], "method 'x' is unknown: expected ..., cls:TOKENS, pool:SIDE or stages"),
+    ("evaluate", ["--scenes", 1, "--metric", "pope"], "pope: the right answer of ... is '...', not yes or no: ..."),
+    ("disruption", ["--max-new-tokens", 0], "--batch and --max-new-tokens: must be at least 1"),
+    ("disruption", ["--layers", 12], "layer 12 does not exist: the decoder's layers are 0..11"),
+    ("flow", ["--show", "junk/x.png"], "junk/x.png: cannot be written (...): choose another file"),
+    ("flow", ["--show", "x"], "x: this kind of file cannot be written: end its name in .png"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, args, message", STUDIES, ids=[f"{row[0]} {row[1][0]} {row[1][-1]}" for row in STUDIES])
-def test_study_arguments(command, monkeypatch, tmp_path, name, args, message):
+def test_study_arguments(study, monkeypatch, tmp_path, name, args, message):
     """An option that nobody looks at before it is deep inside, after hours."""
     (tmp_path / "junk").write_bytes(b"junk")
     (tmp_path / "pickle").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     monkeypatch.chdir(tmp_path)
-    main = importlib.import_module(f"himap_ref.studies.{name}").main
-    status, out, err = command(lambda: run_command(main), name, *args)
+    status, out, err = study(importlib.import_module(f"himap_ref.studies.{name}"), *args)
     assert err.endswith("\n") and says(message, err[:-1]), err
     assert (status, out) == (2, "")
     assert {path.name for path in tmp_path.iterdir()} == {"junk", "pickle"}
@@ -956,6 +967,7 @@ def hub(monkeypatch, tmp_path):
 
 HUB = [
     ("unreachable", "..."),
+    ("offline", "..."),
     ("missing", "404 Client Error. Repository Not Found for url: ..."),
     ("gated", "403 Client Error. Cannot access gated repo for url ..."),
     ("no such revision", "404 Client Error. Revision Not Found for url: ..."),
@@ -971,6 +983,7 @@ def test_hub(ask, hub, monkeypatch, fault, reason):
     hub.fault = fault
     if fault == "unreachable":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", fault == "offline")
     status, out, err = ask("--weights", "owner/name")
     *progress, line = err.splitlines()  # the client's own, of a download that had begun
     assert says(f"weights 'owner/name': no such folder here, nor can the hub's be downloaded ({reason})", line), err
@@ -1005,11 +1018,11 @@ def test_revision_is_asked_for(hub):
     assert any("/revision/v1" in path for path in hub.asked) and not any("/main" in path for path in hub.asked)
 
 
-def test_the_commit_is_told(ask, study, whole, tmp_path):
+def test_the_commit_is_told(ask, evaluated, whole, tmp_path):
     """Results that nobody can repeat, because the repository has moved on."""
     folder = shutil.copytree(whole, tmp_path / "snapshots" / SHA)  # as it lies in the hub's cache
     assert json.loads(ask("--json", "--weights", folder)[1])["revision"] == SHA
-    assert study("--weights", folder, "--scenes", 1, "--out", tmp_path / "a.jsonl")[0] == 0
+    assert evaluated("--weights", folder, "--scenes", 1, "--out", tmp_path / "a.jsonl")[0] == 0
     assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["settings"]["revision"] == SHA
 
 

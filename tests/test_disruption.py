@@ -2,16 +2,15 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_pruning import slow_decoder
 from torch.testing import assert_close
 
 from himap_ref import HimapError, generation
-from himap_ref.decoder import rope
 from himap_ref.studies import disruption
 from himap_ref.studies.disruption import KINDS, READINGS, Block, blocked, disrupt, draw_rows, summarize, visible
 from himap_ref.studies.examples import Example
@@ -34,21 +33,8 @@ def slow(decoder, x, block, drawn):
     """(1, n, d) -> (vocab,): every layer for every row, attention written out head by head in fp64."""
     n, T = x.shape[1], len(decoder.layers)
     layers = {"only": [block.layer], "from": range(block.layer, T), "upto": range(block.layer + 1)}[block.reading]
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
     disrupted = torch.tensor([[may_see(block, i, j, drawn) for j in range(n)] for i in range(n)])
-    cos_sin = rope(torch.arange(n)[None], decoder.config, x.dtype)
-    for i, layer in enumerate(decoder.layers):
-        h = layer.input_layernorm(x)
-        q, k, v = layer.self_attn.qkv(h, *cos_sin)
-        heads = []
-        for head in range(q.shape[2]):
-            group = head * k.shape[2] // q.shape[2]
-            scores = q[0, :, head].double() @ k[0, :, group].double().T / q.shape[-1] ** 0.5
-            weights = scores.masked_fill(~(disrupted if i in layers else causal), -torch.inf).softmax(-1)
-            heads.append(weights @ v[0, :, group].double())
-        x = x + layer.self_attn.o_proj(torch.cat(heads, dim=-1)[None].to(x.dtype))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return decoder.logits(decoder.norm(x)[0, -1])
+    return slow_decoder(decoder, x[0], SPAN, masks=dict.fromkeys(layers, disrupted))[1][-1]
 
 
 @pytest.fixture
@@ -80,7 +66,7 @@ def test_slow_attention(decoder, x):
         got = disrupt(decoder, x, SPAN, block, SEEDS, 1).first_logits
         for b, seed in enumerate(SEEDS):
             want = slow(decoder, x[b : b + 1], block, draw_rows(N_TOKENS, slice(*SPAN), seed))
-            assert_close(got[b], want, rtol=0, atol=5e-5, msg=lambda text, block=block: f"{block}: {text}")
+            assert_close(got[b].double(), want, rtol=0, atol=5e-5, msg=lambda text, block=block: f"{block}: {text}")
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -98,7 +84,7 @@ def test_new_tokens(decoder, x, kind, reading):
         for b, seed in enumerate(SEEDS):
             longer = torch.cat((x[b], decoder.embed_tokens(ids[b, : step + 1])))[None]
             drawn = draw_rows(N_TOKENS, slice(*SPAN), seed)  # of the prompt: new tokens are never drawn
-            assert_close(out.logits[b], slow(decoder, longer, block, drawn), rtol=0, atol=5e-5)
+            assert_close(out.logits[b].double(), slow(decoder, longer, block, drawn), rtol=0, atol=5e-5)
 
 
 def test_generate(decoder, x):
@@ -175,41 +161,40 @@ def test_figures():
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Runs it with one scene and two layers; returns the results file's lines."""
+def lines(study, tmp_path):
+    """Runs it with one scene and two layers; returns what it printed and the results file's lines."""
 
     def run(*options, name="out.jsonl"):
         out = tmp_path / name
-        usual = ("--scenes", "1", "--layers", "0", "11", "--out", str(out))
-        monkeypatch.setattr(sys, "argv", ["disruption", *usual, *options])
-        disruption.main()
-        return out.read_text().splitlines()
+        status, shown, err = study(disruption, "--scenes", 1, "--layers", 0, 11, "--out", out, *options)
+        if status:
+            raise HimapError(err)
+        return shown, out.read_text().splitlines()
 
     return run
 
 
-def test_resume(command, tmp_path, monkeypatch):
+def test_resume(lines, tmp_path, monkeypatch):
     """After a kill a torn line kept, questions asked again or forgotten, other results; a seed that does nothing."""
     usual = "--kinds", "random", "--readings", "only"
-    whole = command(*usual)
+    _, whole = lines(*usual)
     (tmp_path / "torn.jsonl").write_text("\n".join(whole[:4]) + "\n" + whole[4][:50])
     asked, answer = [], disruption.answer
     monkeypatch.setattr(disruption, "answer", lambda model, examples, *how: (
         asked.extend(e.id for e in examples) or answer(model, examples, *how)))  # fmt: skip
-    assert sorted(command(*usual, name="torn.jsonl")) == sorted(whole)
+    assert sorted(lines(*usual, name="torn.jsonl")[1]) == sorted(whole)
     assert sorted(asked) == sorted(json.loads(line)["id"] for line in whole[4:])
-    assert command(*usual, "--seed", "1", name="other.jsonl")[1:] != whole[1:]
+    assert lines(*usual, "--seed", 1, name="other.jsonl")[1][1:] != whole[1:]
     with pytest.raises(HimapError, match="holds results with seed"):
-        command(*usual, "--seed", "1", name="torn.jsonl")
+        lines(*usual, "--seed", 1, name="torn.jsonl")
 
 
-def test_table_and_plot(command, tmp_path, capsys):
+def test_table_and_plot(lines, tmp_path):
     """A column under another kind's name, a line left out, no numbers without a picture, a picture not drawn."""
     pytest.importorskip("matplotlib")
-    lines = command("--readings", "only", "upto", "--plot", str(tmp_path / "curves.png"))
-    shown = capsys.readouterr().out.splitlines()
+    shown, (_, *rows) = lines("--readings", "only", "upto", "--plot", tmp_path / "curves.png")
+    shown, results = shown.splitlines(), [json.loads(row)["results"] for row in rows]
     assert [line.split("|")[1].strip() for line in shown[2:-1]] == ["nothing", "only 0", "only 11", "upto 0", "upto 11"]
-    results = [json.loads(line)["results"] for line in lines[1:]]
     for place, kind in enumerate(KINDS):
         assert kind in shown[0].split("|")[2 + 3 * place]
         same = sum(r[f"{kind} upto 11"]["answer"] == r["undisrupted"]["answer"] for r in results) / len(results)
@@ -218,7 +203,7 @@ def test_table_and_plot(command, tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_broken_picture(command, monkeypatch, capsys):
+def test_broken_picture(lines, monkeypatch):
     """One broken picture that ends the run, takes the rest of its batch with it, or is passed over in silence."""
     picture = Example.picture
 
@@ -228,18 +213,11 @@ def test_broken_picture(command, monkeypatch, capsys):
         return picture(example)
 
     monkeypatch.setattr(Example, "picture", broken)
-    rows = [json.loads(line) for line in command("--kinds", "img2img")[1:]]
+    shown, (_, *rows) = lines("--kinds", "img2img")
+    rows = [json.loads(row) for row in rows]
     bad = [row["id"] for row in rows if row.get("error") == "picture is broken"]
     assert bad and all(id.endswith("-color") for id in bad) and all("results" in r for r in rows if r["id"] not in bad)
-    assert f"{len(rows) - len(bad)} questions, {len(bad)} more could not be asked" in capsys.readouterr().out
+    assert f"{len(rows) - len(bad)} questions, {len(bad)} more could not be asked" in shown
     monkeypatch.setattr(Example, "picture", lambda example: broken(Example("x-color", "", (), "", example.source)))
     with pytest.raises(HimapError, match="none of .* could be asked"):
-        command("--kinds", "img2img", name="other.jsonl")
-
-
-@pytest.mark.parametrize("options", [("--layers", "12"), ("--batch", "0"), ("--max-new-tokens", "0")])
-def test_bad_options(command, options, tmp_path):
-    """A bad number that is noticed only after a results file was begun."""
-    with pytest.raises(HimapError):
-        command(*options)
-    assert not (tmp_path / "out.jsonl").exists()
+        lines("--kinds", "img2img", name="other.jsonl")

@@ -2,9 +2,7 @@
 
 import json
 import linecache
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from statistics import mean
@@ -43,12 +41,6 @@ def plain(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     assert len({row["id"] for row in rows}) == len(rows)
     return {row["id"]: {key: row[key] for key in row if key not in ("seconds", "peak_bytes")} for row in rows}
-
-
-def run(module, *args):
-    return subprocess.run(
-        [sys.executable, "-m", module.__name__, *map(str, args)], capture_output=True, text=True, check=False
-    )
 
 
 def test_row(shapes, tmp_path):
@@ -162,34 +154,34 @@ ENTRIES = [entry(1), entry(1, text="How many objects are there?", label=3), entr
 
 
 @pytest.fixture
-def asked_from(tmp_path):
+def asked_from(study, tmp_path):
     """Factory: runs a study on `ENTRIES`."""
     draw(SCENES[0].source).save(tmp_path / "a.png")
     (tmp_path / "q.json").write_text(json.dumps(ENTRIES))
     usual = "--questions", tmp_path / "q.json", "--image-folder", tmp_path
-    return lambda module, *options: run(module, *usual, *options)
+    return lambda module, *options: study(module, *usual, *options)
 
 
 def test_file_of_every_kind(asked_from, tmp_path):
     """An entry lost, or counted twice; a second start that asks again, or refuses what an earlier version recorded."""
-    out = tmp_path / "a.jsonl"
-    command = evaluate, "--batch", 8, "--metric", "exact", "--out", out
-    result = asked_from(*command)
+    file = tmp_path / "a.jsonl"
+    command = evaluate, "--batch", 8, "--metric", "exact", "--out", file
+    _, out, err = asked_from(*command)
     for told in ("4 answered, 2 could not be asked", "1: several pictures in one entry", "1, copies of entries before",
                  "exact: equal to a right answer"):  # fmt: skip
-        assert told in result.stdout, told
-    assert "1 of 6 questions left out: several pictures" in result.stderr
-    assert list(plain(out)) == ["2", "5", "1", "4", "1 #2", "3"]  # with a picture first, the shortest first
-    before = out.read_bytes().replace(b'"question": "', b'"earlier": "')
-    out.write_bytes(before)
-    assert asked_from(*command).stdout == result.stdout and out.read_bytes() == before
+        assert told in out, told
+    assert "1 of 6 questions left out: several pictures" in err
+    assert list(plain(file)) == ["2", "5", "1", "4", "1 #2", "3"]  # with a picture first, the shortest first
+    before = file.read_bytes().replace(b'"question": "', b'"earlier": "')
+    file.write_bytes(before)
+    assert asked_from(*command)[1] == out and file.read_bytes() == before
 
 
 def test_file_without_labels(asked_from, tmp_path):
     """POPE's own question file, whose answers are in another, refused by a metric that wants "yes" or "no"."""
     (tmp_path / "q.json").write_text(json.dumps([entry(1, label=None)]))
-    result = asked_from(evaluate, "--metric", "pope", "--out", tmp_path / "a.jsonl")
-    assert "no labels for 1 answers" in result.stdout and plain(tmp_path / "a.jsonl")["1"]["answer"], result.stderr
+    _, out, err = asked_from(evaluate, "--metric", "pope", "--out", tmp_path / "a.jsonl")
+    assert "no labels for 1 answers" in out and plain(tmp_path / "a.jsonl")["1"]["answer"], err
 
 
 @pytest.mark.parametrize(
@@ -199,10 +191,9 @@ def test_file_without_labels(asked_from, tmp_path):
 )  # fmt: skip
 def test_studies_of_pictures(asked_from, tmp_path, module, options):
     """A study that looks into the picture, ended by a question without one, or by one that nobody has answered."""
-    result = asked_from(module, *options, "--out", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert "1 of 6 questions left out: no picture" in result.stderr
-    assert re.search(r"n = 3, 3 left out|mean of 3 examples.*3 could not|3 questions, 3 more could not", result.stdout)
+    status, out, err = asked_from(module, *options, "--out", tmp_path / "out")
+    assert status == 0 and "1 of 6 questions left out: no picture" in err, err
+    assert re.search(r"n = 3, 3 left out|mean of 3 examples.*3 could not|3 questions, 3 more could not", out)
 
 
 def test_summary(shapes, tmp_path):
@@ -257,36 +248,29 @@ def test_an_edited_criterion_is_another(shapes, tmp_path, monkeypatch):
     assert parse_method("himap-paper", shapes).settings()["stages"][0] == [2, 0.5, "text_to_image", None]
 
 
-def test_prefix(tmp_path):
+def test_prefix(study, tmp_path):
     """A switch that changes answers, or whose work is counted in every answer or in none."""
-    plain_run, prefix = (run(evaluate, "--scenes", 1, "--out", tmp_path / name, *more) for name, *more in (
+    told = [study(evaluate, "--scenes", 1, "--out", tmp_path / name, *more)[1] for name, *more in (
         ["a.jsonl"], ["b.jsonl", "--prefix"]
-    ))  # fmt: skip
-    assert "once for all answers" in prefix.stdout and "once for" not in plain_run.stdout
+    )]  # fmt: skip
+    assert ["once for all answers" in out for out in told] == ["once for" in out for out in told] == [False, True]
     a, b = (plain(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
     for id, got in b.items():
         assert got["answer"] == a[id]["answer"] and got["flops"]["decoder"] < a[id]["flops"]["decoder"]
         assert got["vanilla_flops"] == a[id]["vanilla_flops"]
 
 
-@pytest.mark.parametrize("option", [("--batch", 0), ("--max-new-tokens", 0), ("--metric", "pope"), ("--method", "x")])
-def test_bad_options(tmp_path, option):
-    """A traceback, or hours of asking before the error."""
-    result = run(evaluate, "--scenes", 1, *option, "--out", tmp_path / "a.jsonl")
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and not (tmp_path / "a.jsonl").exists()
-
-
-def test_command(tmp_path):
+def test_command(study, tmp_path):
     """The command's table without a figure that was promised; a second start that asks everything again."""
-    out = tmp_path / "a.jsonl"
-    first = run(evaluate, "--scenes", 2, "--method", "cls:20", "--out", out)
+    command = evaluate, "--scenes", 2, "--out", tmp_path / "a.jsonl", "--method"
+    _, out, _ = study(*command, "cls:20")
     for name in ("accuracy", "image tokens", "FLOPs", "decoder", "prefill", "KV cache", "peak memory"):
-        assert name in first.stdout, name
-    before = out.read_bytes()
-    assert run(evaluate, "--scenes", 2, "--method", "cls:20", "--out", out).returncode == 0
-    assert out.read_bytes() == before
-    other = run(evaluate, "--scenes", 2, "--method", "cls:21", "--out", out)
-    assert other.returncode == 2 and other.stderr.startswith("error: ") and other.stderr.count("\n") == 1
+        assert name in out, name
+    before = (tmp_path / "a.jsonl").read_bytes()
+    assert study(*command, "cls:20")[0] == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    status, _, err = study(*command, "cls:21")
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- sweep and bias
@@ -378,12 +362,11 @@ def test_position_figures():
 
 
 @pytest.mark.parametrize("module", [sweep, bias])
-def test_studies_run(tmp_path, module):
+def test_studies_run(study, tmp_path, module):
     """A study that breaks at its end, after everything was computed."""
     only = ["--methods", "fastv", "random"] if module is sweep else []
-    result = run(module, "--scenes", 1, *only, "--out", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    full = (tmp_path / "out" / "table.md").read_text() if module is sweep else result.stdout
-    assert full.count("|") > 20 and (tmp_path / "out" / "table.json").exists()
-    assert max(map(len, result.stdout.splitlines())) <= 120 or module is bias  # the sweep's fits a terminal
-    assert os.path.getsize(tmp_path / "out" / "table.json") > 100
+    status, out, err = study(module, "--scenes", 1, *only, "--out", tmp_path / "out")
+    assert status == 0, err
+    full = (tmp_path / "out" / "table.md").read_text() if module is sweep else out
+    assert full.count("|") > 20 and (tmp_path / "out" / "table.json").stat().st_size > 100
+    assert max(map(len, out.splitlines())) <= 120 or module is bias  # the sweep's fits a terminal

@@ -13,13 +13,12 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_weights import QUERY, changed, random_llava, same, tensors_of, write
-from toys import TINY_CONFIG, make_tokenizer, noise, write_json
+from test_weights import QUERY, same
+from toys import TINY_CONFIG, changed, make_tokenizer, noise, random_llava, tensors_of, write_folder, write_json
 
 from himap_ref import HimapError, Llava
 from himap_ref.checkpoint.config import QUANTISED, read_config, read_image_processor
 from himap_ref.checkpoint.files import find_folder
-from himap_ref.decoder import rope
 from himap_ref.studies.hub_layout import config_json
 
 SAFE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,18 +27,8 @@ HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_
 
 
 @pytest.fixture
-def model() -> Llava:
-    return random_llava(TINY_CONFIG)
-
-
-@pytest.fixture
 def other() -> Llava:
-    return random_llava(TINY_CONFIG, seed=1)
-
-
-@pytest.fixture
-def folder(tmp_path, model) -> Path:
-    return write(tmp_path / "model", tensors_of(model))
+    return random_llava(read_config(TINY_CONFIG), seed=1)
 
 
 # ---------------------------------------------------------------- A. silently other weights
@@ -47,16 +36,16 @@ def folder(tmp_path, model) -> Path:
 
 @pytest.mark.parametrize("place", ["top", "text", "original"])
 @pytest.mark.parametrize("stored", ["both", "embeddings", "head"])
-def test_tied_embeddings(tmp_path, place, stored):
+def test_tied_embeddings(tmp_path, model, place, stored):
     """A trained head thrown away because of a flag; a tied model refused for a head that it need not store."""
     data = changed(text_config={"tie_word_embeddings": True}) if place == "text" else changed(tie_word_embeddings=True)
-    tensors = tensors_of(random_llava(TINY_CONFIG))
+    tensors = tensors_of(model)
     kept = {"both": {HEAD, EMBEDDINGS}, "embeddings": {EMBEDDINGS}, "head": {HEAD}}[stored]
     only = {name: tensor for name, tensor in tensors.items() if name not in {HEAD, EMBEDDINGS} - kept}
     if place == "original":  # its names; in its config.json there is but one place
         prefix = re.compile(r"language_model\.(?=model\.)?")
         only = {prefix.sub("", name): tensor for name, tensor in only.items()}
-    decoder = Llava.from_pretrained(write(tmp_path / "model", only, data)).language_model
+    decoder = Llava.from_pretrained(write_folder(tmp_path / "model", only, data)).language_model
     hidden = torch.randn(3, 16)
     assert torch.equal(decoder.logits(hidden), hidden @ tensors[HEAD if HEAD in kept else EMBEDDINGS].T)
     assert torch.equal(decoder.embed_tokens.weight, tensors[EMBEDDINGS if EMBEDDINGS in kept else HEAD])
@@ -175,7 +164,7 @@ def test_index_and_shard_that_disagree(folder, model):
         Llava.from_pretrained(folder)
 
 
-MEAN = {"image_mean": [0.1, 0.2, 0.3]}
+MEAN = {"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 40}, "crop_size": {"height": 28, "width": 28}}
 PROCESSORS = [  # processor_config.json, preprocessor_config.json: the first channel's mean, padding
     ({"image_processor": MEAN}, {"image_mean": [0.5] * 3}, 0.1, False),
     ({"image_processor": {}}, {"image_mean": [0.5] * 3}, 0.48145466, False),  # wins whole, and says nothing
@@ -197,6 +186,7 @@ def test_two_files_of_an_image_processor(folder, newer, older, mean, pad):
             write_json(folder / name, data)
     processor = Llava.from_pretrained(folder).image_processor
     assert (processor.image_mean[0], processor.do_pad) == (mean, pad)
+    assert (processor.shortest_edge, processor.crop_size) == (40 if mean == 0.1 else 28, (28, 28))
 
 
 @pytest.mark.parametrize("layout", ["original", "llava-hf"])
@@ -241,7 +231,7 @@ def test_refused_by_its_own_name(folder, entry):
     (folder / SAFE).write_bytes(b"never read")
     (folder / "tokenizer.json").unlink()
     write_json(folder / "config.json", ORIGINAL | entry)
-    (name, value), = entry.items()
+    ((name, value),) = entry.items()
     with pytest.raises(HimapError, match=rf"\b{name}\b") as caught:
         Llava.from_pretrained(folder)
     assert name == "quantization_config" or str(value)[:30].strip("[]'") in str(caught.value)
@@ -283,16 +273,18 @@ def test_image_token_of_the_original(entry, expected):
 
 
 def test_two_names_of_the_image_token():
-    """transformers' newer name of it overlooked where a file has both."""
-    for data in ({"image_token_index": 7, "image_token_id": 9}, {"image_token_id": 9, "image_token_index": 7}):
-        assert read_config({**TINY_CONFIG, **data}).image_token_index == 9
+    """One of them overlooked, or the older one taken where a file has both."""
+    rest = {name: value for name, value in TINY_CONFIG.items() if name != "image_token_index"}
+    assert read_config(rest | {"image_token_index": 7}).image_token_index == 7
+    for data in ({"image_token_id": 9}, {"image_token_index": 7, "image_token_id": 9}):
+        assert read_config(rest | data).image_token_index == read_config(data | rest).image_token_index == 9
 
 
 def test_the_tokenizers_image_token(tmp_path, monkeypatch):
     """As above, from a folder; llava-hf's own default stays 32000."""
     asked = []
     monkeypatch.setattr("himap_ref.assistant.llava.read_config", lambda *args: asked.append(args) or read_config(*args))
-    folder = write(tmp_path / "model", {"x": torch.zeros(1)}, ORIGINAL)
+    folder = write_folder(tmp_path / "model", {"x": torch.zeros(1)}, ORIGINAL)
     with pytest.raises(HimapError, match="unexpected"):
         Llava.from_pretrained(folder)
     assert asked[-1][1] == make_tokenizer("byte-level").token_to_id("<image>") is not None
@@ -321,24 +313,6 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 128}  # fmt: skip
 
 
-def angles(**settings) -> torch.Tensor:
-    """The angle of position 1 in each pair of channels, head size 8."""
-    data = changed(text_config={"head_dim": 8, **settings})
-    cos, sin = rope(torch.tensor([[1]]), read_config(data).text_config, torch.float32)
-    return torch.atan2(sin, cos)[0, 0, 0, :4]
-
-
-def test_rope_by_hand():
-    """All channels scaled alike, the fast ones too, or the turns counted in radians."""
-    plain = torch.tensor([1.0, 0.1, 0.01, 0.001])
-    torch.testing.assert_close(angles(), plain)
-    torch.testing.assert_close(angles(rope_scaling={"type": "linear", "factor": 4}), plain / 4)
-    turns = 128 * plain / 6.283185307179586  # 20.4, 2.04, 0.204, 0.0204: fast, between, slow, slow
-    share = (turns[1] - 1) / 3
-    mixed = torch.stack((plain[0], share * plain[1] + (1 - share) * plain[1] / 8, plain[2] / 8, plain[3] / 8))
-    torch.testing.assert_close(angles(rope_scaling=LLAMA3), mixed)
-
-
 LINEAR, CONTEXT = {"type": "linear", "factor": 2}, "original_max_position_embeddings"
 
 
@@ -351,6 +325,11 @@ LINEAR, CONTEXT = {"type": "linear", "factor": 2}, "original_max_position_embedd
     ({"rope_scaling": {name: v for name, v in LLAMA3.items() if name != CONTEXT}, "max_position_embeddings": 999},
      ("llama3", 8.0, 1e4, 999)),
     ({"rope_scaling": {"type": "dynamic", "factor": 1.0}}, ("default", 1.0, 1e4, 8192)),
+    *((text, ("default", 1.0, 5e5, 8192)) for text in (
+        {"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 5e5}},
+    )),
 ])  # fmt: skip
 def test_where_rope_is_described(text, expected):
     """One of several places overlooked, or the one that transformers reads second taken first."""
@@ -375,10 +354,12 @@ def test_refused_rope(key, settings, words):
         read_config(changed(text_config={key: settings}))
 
 
-@pytest.mark.parametrize("layers", [[-2], [-2, -1], [0, 3], [1, 1]], ids=str)
-def test_config_of_several_layers(layers):
-    """A list of one taken for something else than its layer; layers lost on the way to a file and back."""
+@pytest.mark.parametrize("layers", [[-2], [-2, -1], [0, 3], [1, 1], -2, -1, 2, 0, 3, -4], ids=str)
+def test_feature_layers(layers):
+    """Layers counted from 0, where index 0 is the embeddings' output; a list of one taken for something else than its
+    layer; layers lost on the way to a file and back."""
     config = read_config(changed(vision_feature_layer=layers))
+    layers = [layers] if isinstance(layers, int) else layers
     assert config.feature_layers == tuple(layer % 4 for layer in layers)
     assert config.vision_layers_used == max(config.feature_layers)
     assert read_config(json.loads(json.dumps(config_json(config, {})))) == config
@@ -458,7 +439,8 @@ def test_adapter_folder(folder):
 NOT_ASKED = [
     "weights/shapes", "Weights/x", "models/llava", "checkpoints/llava-v1.5-7b", "here/llava", "./x/y", "../x/y", "x/y/",
     "nowhere/", "/x/y", "~/x", "~user/x", "C:\\x", "C:/x", "C:\\x/y", "x\\y/z", "a/b/c", "x", ".x/y", "-x/y", "x/.y",
-    "x y/z", "here/file/x", "file/x", "owner//name", "", "/x", Path("owner/name"), "owner/name\n",
+    "x y/z", "here/file/x", "file/x", "owner//name", "", "/x", Path("owner/name"), "owner/name\n", "../a/nowhere",
+    "/nowhere/at-all", "bad owner/!!", "here/model.safetensors", "./here/model.safetensors",
 ]  # fmt: skip
 
 
@@ -474,6 +456,7 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model.safetensors").touch()
     (tmp_path / "file").touch()
     return names
 

@@ -24,11 +24,13 @@ def brute_score(A, rows, columns):
     return {v: sum(A[i, v].item() for i in rows) for v in columns}
 
 
-def slow_decoder(decoder, x, span, stages=(), prompt=None):
+def slow_decoder(decoder, x, span, stages=(), prompt=None, masks=None, bump=None):
     """One prompt (n, d), fp64. From layer K on, the image tokens that lost are masked as keys; every row is computed.
 
-    `prompt`: rows from there on are answers, which do not rank. Returns the hidden states after the final norm, all
-    rows' logits, the kept and the scores of each stage (as positions), and each layer's attention (heads, n, n).
+    `prompt`: rows from there on are answers, which do not rank. `masks`: {layer: what its rows see}. `bump`: (layer,
+    head, row, column, what is added to that one number of the attention). Returns the hidden states after the final
+    norm, all rows' logits, the kept and the scores of each stage (as positions), and each layer's attention (heads, n,
+    n).
     """
     w = {name: p.double() for name, p in decoder.named_parameters()}
     config, n, x = decoder.config, len(x), x.double()
@@ -67,7 +69,9 @@ def slow_decoder(decoder, x, span, stages=(), prompt=None):
         heads = []
         for head in range(h):
             dots = q[:, head] @ k[:, head * g // h].T / c**0.5
-            heads.append(torch.where(visible, dots, -torch.inf).softmax(-1))
+            heads.append(torch.where((masks or {}).get(i, visible), dots, -torch.inf).softmax(-1))
+            if bump and bump[:2] == (i, head):
+                heads[-1][bump[2:4]] += bump[4]
         attention.append(torch.stack(heads))
         mixed = torch.cat([a @ v[:, head * g // h] for head, a in enumerate(heads)], dim=-1)
         x = x + linear(mixed, name + "self_attn.o_proj")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from himap_ref import Llava
+from himap_ref import Llava, LlavaConfig
 from himap_ref.checkpoint.config import read_config
 from himap_ref.checkpoint.files import read_tokenizer
 from himap_ref.commands.options import EMBEDDED
 from himap_ref.image import ImageProcessor
-from himap_ref.studies.hub_layout import folder_files
+from himap_ref.studies.hub_layout import folder_files, hub_name
 
 SENTENCES = [
     "A chat between a curious human and an artificial intelligence assistant.",
@@ -84,6 +86,25 @@ def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Im
     return image
 
 
+def random_weights(module: Any, seed: int = 0) -> Any:
+    """Random weights under which every part matters: norms away from 1, biases away from 0, attention far from flat."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(module.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.data = 1 + 0.3 * noise
+        elif parameter.dim() == 1:
+            parameter.data = 0.2 * noise
+        else:
+            gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+            parameter.data = gain * noise / parameter[0].numel() ** 0.5
+    return module.requires_grad_(False).eval()
+
+
+def random_llava(config: LlavaConfig, seed: int = 0) -> Llava:
+    return random_weights(Llava(config), seed)
+
+
 TINY_CONFIG = {
     "model_type": "llava",
     "image_token_index": 8,
@@ -100,6 +121,27 @@ TINY_CONFIG = {
 
 def write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def changed(**sections: Any) -> dict:
+    """TINY_CONFIG with some entries set: changed(text_config={"vocab_size": 5}, image_token_index=3)."""
+    data = deepcopy(TINY_CONFIG)
+    for name, value in sections.items():
+        data[name] = {**data[name], **value} if isinstance(value, dict) else value
+    return data
+
+
+def tensors_of(model: Llava) -> dict[str, torch.Tensor]:
+    return {hub_name(name): tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def write_folder(folder: Path, tensors: dict[str, torch.Tensor], data: dict = TINY_CONFIG) -> Path:
+    """No more than a model's folder must have."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", data)
+    make_tokenizer("byte-level").save(str(folder / "tokenizer.json"))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 SMALL_CONFIG: dict[str, Any] = {  # with the embedded model's tokenizer: 460 tokens, 4 of the image, 3 decoder layers
