@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -76,6 +77,13 @@ def embeddings():
 def shapes():
     """The embedded model."""
     return Llava.from_pretrained(ROOT / "weights" / "shapes")
+
+
+@pytest.fixture
+def shapes_folder(tmp_path):
+    """A copy of its folder, to change."""
+    copy = shutil.copytree(ROOT / "weights" / "shapes", tmp_path / "shapes", ignore=shutil.ignore_patterns("results"))
+    return Path(copy)
 
 
 @pytest.fixture(scope="session")

@@ -215,6 +215,7 @@ KEEP = "expected a count of at least 1 or a share in (0, 1]"
 ARGUMENTS = [
     (["--prompt", ""], "the prompt is empty: ask something"),
     (["--prompt", " \n"], "the prompt is empty: ask something"),
+    (["--prompt", " ", "--image", "none"], "the prompt is empty: ask something"),
     (["--prompt", "what \ud800?"], UNICODE),
     (["--prompt", "caf\udce9"], UNICODE),  # a byte that is no UTF-8, as Python hands it over
     (["--prompt", "word " * 300], "the prompt has 1614 tokens, the model's context 200: shorten the prompt"),
@@ -236,6 +237,7 @@ ARGUMENTS = [
     (["--stages", "1:0.0:random"], f"stage keep 0.0: {KEEP} (0 drops the whole picture: only with no score)"),
     (["--stages", "1:-2:random"], f"stage keep -2: {KEEP}"),
     (["--stages", "1:1.5:random"], f"stage keep 1.5: {KEEP}"),
+    (["--stages", "2:500:text_to_image"], "stage at layer 2 is to keep 500 image tokens, only 4 enter it"),
     (["--stages", "1:5:random"], "stage at layer 1 is to keep 5 image tokens, only 4 enter it"),
     (["--stages", "1:2:random,2:3:random"], "stage at layer 2 is to keep 3 image tokens, only 2 enter it"),
     (["--stages", "x:1:random"], "stage 'x:1:random': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -76,7 +75,7 @@ def test_scores_are_fp32(at, dtype, name):
 
     def spy(view):
         scores, rows = SCORES[name](view), view.maps(view.all).sum(dim=-1)
-        assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-5)
+        assert_close(rows, view.real[:, None].float().expand_as(rows), rtol=0, atol=1e-5)  # padding looks at nothing
         attention = view.maps(view.all).double().mean(dim=1)[..., view.image] * view.real[..., None]
         view.attention = lambda rows: take(attention, rows)
         assert_close(scores, SCORES[name](view).float(), rtol=1e-5, atol=1e-7)
@@ -167,36 +166,32 @@ def test_nan_costs_only_its_own_question(shapes):
 
 
 @pytest.fixture
-def folder(tmp_path, shapes):
+def folder(shapes_folder, shapes):
     """The embedded model with NaN where only a later step of the answer about its example sees it."""
-    folder = shutil.copytree(WEIGHTS, tmp_path / "weights", ignore=shutil.ignore_patterns("results"))
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(shapes_folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
     tensors[name][shapes.generate(*EXAMPLE, HIMAP, 1).token_ids[0]] = NAN
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    save_file(tensors, shapes_folder / "model.safetensors")
+    return shapes_folder
 
 
-def test_command_ends_at_nan(folder):
+def test_command_ends_at_nan(run, folder):
     """An endless answer, a traceback, or status 0."""
-    command = [sys.executable, str(ROOT / "run.py"), "--weights", str(folder)]
-    asked = ["--image", str(EXAMPLE[0]), "--prompt", EXAMPLE[1]]
-    got = subprocess.run([*command, *asked], capture_output=True, text=True, check=False, timeout=60)
-    *said, line = got.stderr.splitlines()
-    assert got.returncode == 2 and len(said) == 4 and line.startswith("error: ") and "NaN or infinite" in line
+    status, _, err = run("--weights", folder, "--image", EXAMPLE[0], "--prompt", EXAMPLE[1])
+    *said, line = err.splitlines()
+    assert status == 2 and len(said) == 4 and line.startswith("error: ") and "NaN or infinite" in line
 
 
 @pytest.mark.parametrize("module", [evaluate, flow, disruption], ids=lambda module: module.__name__)
-def test_study_ends_at_nan(folder, tmp_path, monkeypatch, module):
+def test_study_ends_at_nan(study, folder, tmp_path, module):
     """A table made of NaN."""
     tensors = load_file(folder / "model.safetensors")
     tensors[next(name for name in tensors if name.endswith("lm_head.weight"))][7] = NAN
     save_file(tensors, folder / "model.safetensors")
-    few = ["--layers", "2", "--kinds", "img2img"] if module is disruption else []
-    command = [module.__name__, "--weights", str(folder), "--dtype", "float32", "--limit", "2", *few]
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
-    with pytest.raises(HimapError, match="NaN or infinite"):
-        module.main()
+    few = ["--layers", 2, "--kinds", "img2img"] if module is disruption else []
+    usual = "--weights", folder, "--dtype", "float32", "--limit", 2
+    status, _, err = study(module, *usual, *few, "--out", tmp_path / "out")
+    assert status == 2 and "NaN or infinite" in err.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- the same answers again

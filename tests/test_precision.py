@@ -1,7 +1,5 @@
 """The precision study: what is compared with what, and whether its figures are those of the rows."""
 
-import sys
-
 import pytest
 import torch
 
@@ -63,20 +61,19 @@ def test_digest():
     assert digest([a]) != digest([a[:1], a[1:]]) and digest([torch.zeros(1)]) != digest([-torch.zeros(1)])
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+def test_command(study, tmp_path, monkeypatch):
     """Files that another run would not write again; a run on another number of threads than it says, or for ever."""
     seen, before = [], torch.get_num_threads()
     answer = precision.answer
     monkeypatch.setattr(precision, "answer", lambda *args: seen.append(torch.get_num_threads()) or answer(*args))
-    args = ["--limit", "3", "--methods", "none", "himap", "--dtype", "bfloat16", "--out"]
+    args = "--limit", 3, "--methods", "none", "himap", "--dtype", "bfloat16", "--out"
     written = []
     for name in ("a", "b"):
-        monkeypatch.setattr(sys, "argv", ["precision", *args, str(tmp_path / name)])
-        precision.main()
+        _, out, _ = study(precision, *args, tmp_path / name)
         written.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.jsonl")})
     assert written[0] == written[1] and len(written[0]) == 12
     assert {1, 2} == set(seen) and torch.get_num_threads() == before
-    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    table = out.split("\n\n")[0].splitlines()
     assert len(table) == 2 + 12 and sum("bfloat16" in line.split("|")[2] for line in table) == 6
     with threads(before + 1):
         pass

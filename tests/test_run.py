@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,15 +150,14 @@ def test_roles_in_the_question(run, monkeypatch, question, signs):
     ("chat_template.jinja", MISTRAL, None), ("himap.json", '{"template": "A <image>{question}"}', None),
     (None, None, None),
 ])  # fmt: skip
-def test_note_of_the_chat_template(run, tmp_path, name, jinja, template):
+def test_note_of_the_chat_template(run, shapes_folder, name, jinja, template):
     """Vicuna's prompt for a model of another kind, without a word; or a word where all is well."""
-    folder = shutil.copytree(ROOT / "weights" / "shapes", tmp_path / "model", ignore=shutil.ignore_patterns("results"))
-    (folder / "himap.json").unlink()
+    (shapes_folder / "himap.json").unlink()
     if name:
-        (folder / "chat_template.jinja").write_text("{{ messages }}")
-        (folder / name).write_text(jinja)
-    ask = "--image", "none", "--prompt", "What is it?", "--max-new-tokens", 1, "--weights", folder, "--method", "none"
-    status, _, err = run(*ask, *(("--template", template) if template else ()))
+        (shapes_folder / "chat_template.jinja").write_text("{{ messages }}")
+        (shapes_folder / name).write_text(jinja)
+    ask = "--image", "none", "--prompt", "What is it?", "--max-new-tokens", 1, "--method", "none"
+    status, _, err = run(*ask, "--weights", shapes_folder, *(("--template", template) if template else ()))
     expected = jinja == "{{ messages }}" and template is None
     assert status == 0 and ("is of no known family; used is vicuna_v1, unless --template names" in err) == expected
     assert err.count("note: ") == expected + ("--max-new-tokens" in err)
@@ -184,18 +182,11 @@ def test_closed_pipe(args, without_output, without_errors, closed):
     assert done.returncode == 2 or closed == "stdout" or b"yellow" in done.stdout or {*args} & {"--chat", "--help"}
 
 
-@pytest.mark.parametrize("other", ["--json", "--compare", "--reprune", "--trace", "--report=x.html"])
-def test_chat_goes_alone(run, other):
-    """An option that is passed over."""
-    status, out, err = run("--chat", other)
-    assert (status, out) == (2, "") and err.startswith("error: --chat goes without")
-
-
 @pytest.mark.parametrize("args, message", [
     (["--weights", "some/model", "--image", "none"], "--prompt QUESTION is missing"),
     (["--weights", "no/such/folder"], "--image"),
-    (["--image", "none", "--prompt", " "], "empty"),
-    (["--stages", "2:500:text_to_image"], "only 81"),
+    *((["--chat", other], "--chat goes without") for other in (  # options that would be passed over
+        "--json", "--compare", "--reprune", "--trace", "--report=x.html")),
 ])  # fmt: skip
 def test_errors(run, args, message):
     """What test_bad_inputs.py cannot ask, because its rows say all of it: a question without its picture or weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from copy import deepcopy
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ TOKENIZERS = ("byte-level", "llama-prepend", "llama-first")
 def make_tokenizer(style: str, image_is_special: bool = True) -> Tokenizer:
     """byte-level: GPT-2's kind. llama-prepend: LLaMA's as in llava-hf's tokenizer.json, where every piece of text
     gets a leading "▁". llama-first: the newer conversion (legacy=False), where only the text's start does."""
+    return Tokenizer.from_str(_trained(style, image_is_special))
+
+
+@cache
+def _trained(style: str, image_is_special: bool) -> str:
+    """Training takes longer than most tests."""
     tokenizer = _byte_level() if style == "byte-level" else _llama(prepend=style == "llama-prepend")
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -43,7 +50,7 @@ def make_tokenizer(style: str, image_is_special: bool = True) -> Tokenizer:
     image = AddedToken(IMAGE_TOKEN, special=image_is_special, normalized=False)
     (tokenizer.add_special_tokens if image_is_special else tokenizer.add_tokens)([image])
     tokenizer.add_special_tokens([AddedToken("<pad>", special=True, normalized=False)])
-    return tokenizer
+    return tokenizer.to_str()
 
 
 def _byte_level() -> Tokenizer:
