@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -130,3 +131,56 @@ def study(command):
 def run(command):
     """Arguments of run.py -> the same."""
     return lambda *args: command(lambda: runpy.run_path(str(ROOT / "run.py"), run_name="__main__"), "run.py", *args)
+
+
+FORKS = """
+import gc, json, os, runpy, sys
+import himap_ref.commands.ask  # torch with it, which takes seconds
+gc.freeze()  # or a child would copy all of it on its way out
+for line in sys.stdin:
+    command = json.loads(line)
+    if not (child := os.fork()):
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+sys.stdin, sys.argv = open(os.devnull), command["argv"]
+for number, path in zip((1, 2), command["streams"]):
+    if path is None:  # a pipe whose reader has gone away
+        read, file = os.pipe()
+        os.close(read)
+    else:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, number)
+os.chdir(command["cwd"])
+exec(command["before"])
+(runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module)(sys.argv[0], run_name="__main__")
+"""  # and the child ends as any interpreter does
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """A process that has everything imported and forks for each command."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=-1, stdout=-1, text=True, env=env) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def forked(forks, tmp_path_factory):
+    """run.py or a module, and its words -> a process of its own, done. A stream may go to a path, or with None to a
+    pipe that nobody reads; `before` is Python code that runs first."""
+
+    def call(file, *words, before="", cwd=ROOT, **streams):
+        folder = tmp_path_factory.mktemp("streams")
+        streams = {name: folder / name for name in ("stdout", "stderr")} | streams
+        argv = [str(ROOT / file) if file == "run.py" else file, *map(str, words)]
+        paths = [path and str(path) for path in streams.values()]
+        command = {"argv": argv, "streams": paths, "cwd": str(cwd), "before": before}
+        print(json.dumps(command), file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+        texts = [path.read_text() if path and path.parent == folder else "" for path in streams.values()]
+        return subprocess.CompletedProcess(argv, status, *texts)
+
+    return call

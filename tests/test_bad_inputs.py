@@ -1038,12 +1038,11 @@ def python(code, *args, **options):
     return subprocess.run([sys.executable, *(["-c", code] if code else []), *map(str, args)], check=False, **options)
 
 
-def test_disk_full_for_the_answer():
+def test_disk_full_for_the_answer(forked):
     """A traceback from the interpreter on its way out, when the little that was printed is really written."""
-    code = "from himap_ref.commands.manners import run_command; run_command(lambda: print('yellow'))"
-    with Path("/dev/full").open("w") as full:
-        done = python(code, stdout=full, stderr=subprocess.PIPE, capture_output=False)
-    assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
+    done = forked("run.py", stdout=Path("/dev/full"))
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "error: [Errno 28] No space left on device")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
@@ -1056,12 +1055,10 @@ def test_closed_streams(whole, tmp_path, closed):
     assert ("FLOPs" in done.stderr, "FLOPs" in done.stdout) == (closed == "stdout", False)
 
 
-def test_disk_full_for_the_notes(whole):
+def test_disk_full_for_the_notes(forked, whole):
     """A status of 1, as after a fault of ours, or 120."""
     args = "--weights", whole, "--image", "none", "--prompt", "Why?", "--max-new-tokens", 2
-    with Path("/dev/full").open("w") as full:
-        done = python("", ROOT / "run.py", *args, stdout=subprocess.PIPE, stderr=full, capture_output=False)
-    assert done.returncode == 2
+    assert forked("run.py", *args, stderr=Path("/dev/full")).returncode == 2
 
 
 def test_terminal_that_lacks_a_letter(ask, monkeypatch):
@@ -1078,16 +1075,15 @@ def test_terminal_that_lacks_a_letter(ask, monkeypatch):
 
 
 @pytest.mark.parametrize("there_before", [True, False])
-def test_disk_full_for_the_picture(whole, tmp_path, there_before):
+def test_disk_full_for_the_picture(forked, whole, tmp_path, there_before):
     """Half a picture, or the one that was there lost. A limit on a file's size, which root has to heed, too."""
-    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-    code += "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
     picture, before = tmp_path / "x.png", encoded("PNG") if there_before else None
     (tmp_path / "asked.png").write_bytes(encoded("PNG"))
     if there_before:
         picture.write_bytes(before)
     args = "--weights", whole, "--image", tmp_path / "asked.png", "--prompt", "Why?", "--max-new-tokens", 1
-    done = python(code, ROOT / "run.py", *args, "--show", picture)
+    done = forked("run.py", *args, "--show", picture, before=limit)
     message = f"error: {picture}: cannot be written (File too large): choose another file"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, message)
     assert (picture.read_bytes() if there_before else None) == before

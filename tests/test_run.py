@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -166,27 +164,22 @@ def test_note_of_the_chat_template(run, shapes_folder, name, jinja, template):
 @pytest.mark.parametrize("args, without_output, without_errors", [  # exit statuses
     (["run.py"], 141, 0), (["run.py", "--json"], 141, 0),
     (["run.py", "--chat", "--prompt", "Why?"], 141, 0), (["run.py", "--help"], 141, 0),
-    (["run.py", "--stages", "x"], 2, 2), (["-m", "himap_ref.studies.bias", "--help"], 141, 0),
+    (["run.py", "--stages", "x"], 2, 2), (["himap_ref.studies.bias", "--help"], 141, 0),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_closed_pipe(args, without_output, without_errors, closed):
+def test_closed_pipe(forked, args, without_output, without_errors, closed):
     """`run.py | head -0`: an error, Python's complaint on its way out, or a status of 1, as after a fault of ours."""
-    read, write = os.pipe()
-    os.close(read)
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: write}
-    env = {**os.environ, "PYTHONUNBUFFERED": ""}
-    done = subprocess.run([sys.executable, *args], check=False, cwd=ROOT, stdin=subprocess.DEVNULL, env=env, **streams)
-    os.close(write)
+    done = forked(*args, **{closed: None})
     assert done.returncode == (without_output if closed == "stdout" else without_errors)
-    assert done.returncode == 2 or b"rror" not in (done.stderr or b"")
-    assert done.returncode == 2 or closed == "stdout" or b"yellow" in done.stdout or {*args} & {"--chat", "--help"}
+    assert done.returncode == 2 or "rror" not in done.stderr
+    assert done.returncode == 2 or closed == "stdout" or "yellow" in done.stdout or {*args} & {"--chat", "--help"}
 
 
 @pytest.mark.parametrize("args, message", [
     (["--weights", "some/model", "--image", "none"], "--prompt QUESTION is missing"),
     (["--weights", "no/such/folder"], "--image"),
     *((["--chat", other], "--chat goes without") for other in (  # options that would be passed over
-        "--json", "--compare", "--reprune", "--trace", "--report=x.html")),
+        "--json", "--compare", "--reprune", "--trace", "--report=x.html", "--show=x.png")),
 ])  # fmt: skip
 def test_errors(run, args, message):
     """What test_bad_inputs.py cannot ask, because its rows say all of it: a question without its picture or weights."""
