@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -173,11 +174,14 @@ def test_picture_path(refused, tmp_path, path, reason):
     refused(f"{path}: cannot be read as a picture ({reason.format(path=path)})", "--image", path)
 
 
-@pytest.mark.parametrize("width, pad", [(400_000, []), (40_000, ["--pad"])])
-def test_narrow_picture(refused, tmp_path, width, pad):
+@pytest.mark.parametrize("width, height, pad", [
+    (1, 400_000, []), (1, 40_000, ["--pad"]), (1, 200_000, []), (200_000, 1, []),
+])  # fmt: skip
+def test_narrow_picture(refused, tmp_path, width, height, pad):
     """Blown up to 28 x 11 million pixels, or padded to 1.6 gigapixels."""
-    (tmp_path / "x.pgm").write_bytes(b"P5 1 %d 255\n" % width + bytes(width))
-    refused(f"a picture of 1 x {width} pixels is too narrow: crop it first", "--image", tmp_path / "x.pgm", *pad)
+    (tmp_path / "x.pgm").write_bytes(b"P5 %d %d 255\n" % (width, height) + bytes(width * height))
+    message = f"a picture of {width} x {height} pixels is too narrow: crop it first"
+    refused(message, "--image", tmp_path / "x.pgm", *pad)
 
 
 def test_memory_is_bounded_by_the_file(tmp_path):
@@ -247,6 +251,9 @@ ARGUMENTS = [
     (["--stages", "1:1.e999:random"], f"stage keep inf: {KEEP}"),
     (["--stages", f"{NINES}:1:random"], "stage '999...:1:random': expected LAYER:KEEP:SCORE, such as ..."),
     (["--stages", f"1:1:random{NINES}"], f"score 'random999...' is unknown: expected {SCORES}"),
+    (["--stages", "2"], "stage '2': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
+    (["--stages", "2:0.5:"], f"score '' is unknown: expected {SCORES}"),
+    (["--stages", "2::text_to_image"], "stage '2::text_to_image': expected LAYER:KEEP:SCORE, such as ..."),
     (["--stages", "1:0.5"], "stage '1:0.5': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
     (["--stages", "1:1:random,"], "stage '': expected LAYER:KEEP:SCORE, such as 2:0.5:text_to_image"),
     (["--stages", "1:1:nonsense"], f"score 'nonsense' is unknown: expected {SCORES}"),
@@ -1046,11 +1053,11 @@ def test_disk_full_for_the_answer(forked):
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_closed_streams(whole, tmp_path, closed):
-    """A traceback where a service has closed one of them, or notes among the answers."""
-    number = {"stdout": 1, "stderr": 2}[closed]
+def test_closed_streams(forked, whole, tmp_path, closed):
+    """A traceback where a service has closed one of them (Python then has None), or notes among the answers."""
+    close = f"os.close({('stdout', 'stderr').index(closed) + 1}); sys.{closed} = sys.__{closed}__ = None"
     args = "--weights", whole, "--image", "none", "--prompt", "Why?", "--max-new-tokens", 2
-    done = python("", ROOT / "run.py", *args, preexec_fn=lambda: os.close(number), cwd=tmp_path)
+    done = forked("run.py", *args, before=close, cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert ("FLOPs" in done.stderr, "FLOPs" in done.stdout) == (closed == "stdout", False)
 
@@ -1134,8 +1141,6 @@ def test_the_current_folder_runs_nothing(tmp_path):
     score = "def score(view): return view.hidden[:, view.image, 0]"
     for name in ("numpy", "olefile", "defusedxml", "cffi", "hf_xet", "brotli", "mine"):
         (tmp_path / f"{name}.py").write_text(f"open('ran-{name}', 'w')\n{score}")
-    done = python("", ROOT / "run.py", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "yellow\n") and not list(tmp_path.glob("ran-*"))
     assert python("", ROOT / "run.py", "--stages", "2:9:mine:score", cwd=tmp_path).returncode == 0
     assert [path.name for path in tmp_path.glob("ran-*")] == ["ran-mine"]  # what was typed, and no more
 
@@ -1189,10 +1194,7 @@ def test_ctrl_c(ask, monkeypatch, where, call):
     assert status == 130 and SAID.sub("", err) == "" and out.count("\n") <= 1 and len(calls) == call
 
 
-@pytest.mark.parametrize("module", ["torch", "torch.nn", "tokenizers", "himap_ref.vision", "himap_ref.image"])
-def test_ctrl_c_while_libraries_load(tmp_path, module):
-    """A page of traceback for a key pressed in the first seconds: a signal comes when `module` is about to load."""
-    code = """
+KEY = """
 import os, runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 class Key:
@@ -1200,11 +1202,16 @@ class Key:
         if name == sys.argv[-1]:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Key())
-run, module = sys.argv.pop(1), sys.argv[-1]
-runpy.run_path(run, run_name="__main__")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
-    done = python(code, ROOT / "run.py", "--template", module)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+MODULES = ["torch", "torch.nn", "tokenizers", "himap_ref.vision", "himap_ref.image"]
+
+
+def test_ctrl_c_while_libraries_load():
+    """A page of traceback for a key pressed in the first seconds: a signal comes when a module is about to load."""
+    with ThreadPoolExecutor(2) as pool:
+        done = [*pool.map(lambda module: python(KEY, ROOT / "run.py", "--template", module), MODULES)]
+    assert [(one.returncode, one.stdout, one.stderr) for one in done] == [(130, "", "")] * len(MODULES)
 
 
 def test_a_real_ctrl_c(tmp_path, whole):

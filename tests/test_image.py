@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import re
 import struct
 import zlib
 
@@ -109,36 +108,6 @@ def test_animation_gives_first_frame(tmp_path):
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:], duration=50)
     assert Image.open(tmp_path / "moving.gif").n_frames == 3
     assert load_image(tmp_path / "moving.gif").getpixel((3, 3)) == (255, 0, 0)
-
-
-BAD_FILES = ["text", "empty", "truncated png", "truncated jpeg", "broken png", "missing", "folder"]
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_unreadable_file_is_named(tmp_path, kind):
-    """A damaged file in a data set of thousands would end in a Pillow traceback that does not say which one."""
-    path = tmp_path / "picture-17.png"
-    if kind == "text":
-        path.write_text("not a picture")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "folder":
-        path.mkdir()
-    elif kind != "missing":
-        buffer = io.BytesIO()
-        noise(64, 64).save(buffer, "JPEG" if "jpeg" in kind else "PNG")
-        data = buffer.getvalue()
-        half = len(data) // 2
-        path.write_bytes(data[:half] if "truncated" in kind else data[:60] + bytes(90) + data[150:])
-    with pytest.raises(HimapError, match=re.escape("picture-17.png")):
-        load_image(path)
-
-
-@pytest.mark.parametrize("size", [(1, 1400), (1400, 1)])
-def test_narrow_picture_is_refused(size):
-    """A strip would be blown up to gigapixels and end the process for lack of memory."""
-    with pytest.raises(HimapError, match=f"{size[0]} x {size[1]}.*narrow"):
-        ImageProcessor()(Image.new("RGB", size))
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 128, 250)])

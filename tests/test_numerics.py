@@ -113,11 +113,11 @@ def test_own_score_in_half_is_ranked(at, dtype):
 LATER = EXAMPLES[-1]  # its first token's embedding is only looked at when the second token is made
 
 
-def damaged(model, where, value=NAN):
-    """A copy of it with a bad number in one tensor's row."""
+def damaged(model, where):
+    """A copy of it with NaN in one tensor's row."""
     model = deepcopy(model)
     name, _, row = where.partition(":")
-    model.get_parameter(name).data[int(row) if row else 0] = value
+    model.get_parameter(name).data[int(row) if row else 0] = NAN
     return model
 
 
@@ -141,12 +141,6 @@ def test_nan_is_an_error(shapes, where, options):
             ask(model, method, EXAMPLES if method == "himap" else [LATER], **options)
     if later:  # the first token was sound
         assert model.generate(LATER.picture(), LATER.question, HIMAP, 1, **options).finish == "length"
-
-
-def test_infinite_logits_are_an_error(shapes):
-    """A dtype too narrow for the weights, noticed only where it turns to NaN."""
-    with pytest.raises(HimapError, match="infinite"):
-        ask(damaged(shapes, "language_model.lm_head.weight:5", float("inf")), "none")
 
 
 def test_nan_costs_only_its_own_question(shapes):
@@ -222,9 +216,10 @@ def test_run_to_run(at):
         "torch.manual_seed(5); torch.set_num_threads(1); print(json.dumps(t.every_fact(models.get)))"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7"}
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
-    with threads(1):
-        assert json.loads(other.stdout) == every_fact(at)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=env) as other, threads(1):
+        here = every_fact(at)
+        assert json.load(other.stdout) == here
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

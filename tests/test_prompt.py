@@ -52,17 +52,15 @@ def test_templates_are_word_for_word():
     )
 
 
-def test_text_only_without_a_line_break(tokenizer):
-    """The placeholder of a template of one's own left in a prompt without a picture."""
-    prompt = encode(tokenizer, "Hello?", "USER: <image> {question} ASSISTANT:", has_image=False)
-    assert prompt.image_span is None and tokenizer.token_to_id(IMAGE_TOKEN) not in prompt.ids
-
-
-@pytest.mark.parametrize("template", ["{question} <image>", "<image><image>{question}", "<image>", "{question}"])
+@pytest.mark.parametrize("template", [
+    "{question} <image>", "<image><image>{question}", "<image>", "{question}", "USER: {question}",
+    "<image>\nWhat is it?", "<image> <image>\n{question}",
+])  # fmt: skip
 def test_templates_that_cannot_be_used(tokenizer, template):
-    """An <image> that the user typed in front taken for the template's own."""
-    with pytest.raises(HimapError, match="template"):
-        encode(tokenizer, "Is <image> a tag?", template)
+    """An <image> that the user typed in front taken for the template's own; the picture or the question left out."""
+    for question in ("What is it?", "Is <image> a tag?"):
+        with pytest.raises(HimapError, match="template"):
+            encode(tokenizer, question, template)
 
 
 def test_padding_and_truncation_in_the_file_are_ignored(tokenizer, tmp_path):
@@ -131,6 +129,8 @@ def test_text_only(tokenizer):
     assert tokenizer.token_to_id(IMAGE_TOKEN) not in prompt.ids
     text = TEMPLATE.replace("<image>\n", "").replace("{question}", "What is in the picture?")
     assert prompt.ids == tokenizer.encode(text).ids
+    own = encode(tokenizer, "Hello?", "USER: <image> {question} ASSISTANT:", has_image=False)  # without a line break
+    assert own.image_span is None and tokenizer.token_to_id(IMAGE_TOKEN) not in own.ids
 
 
 @pytest.mark.parametrize("question", [
@@ -209,30 +209,19 @@ def test_a_template_of_special_tokens(tokenizer):
     assert [id for id in turn if id in (user, end)] == [end, user, end] and turn[-1] == end
 
 
-@pytest.mark.parametrize("question", ["", " ", "\n\t "])
-def test_empty_question(tokenizer, question):
-    """The model would be asked nothing and answer something."""
-    with pytest.raises(HimapError, match="empty"):
+@pytest.mark.parametrize("question, message", [
+    ("", "empty"), (" ", "empty"), ("\n\t ", "empty"), ("what \ud800?", "Unicode"),
+])  # fmt: skip
+def test_questions_that_are_none(tokenizer, question, message):
+    """A model that is asked nothing and answers something; a traceback for half a letter, as in a badly read file."""
+    with pytest.raises(HimapError, match=message):
         encode(tokenizer, question)
-
-
-def test_invalid_unicode(tokenizer):
-    """A half surrogate pair (as in a badly read file) would end in a traceback of the tokenizer."""
-    with pytest.raises(HimapError, match="Unicode"):
-        encode(tokenizer, "what \ud800?")
 
 
 def test_tokenizer_without_image_token(tokenizer):
     """A plain LLaMA's tokenizer beside LLaVA's weights would fail later, or take another token for the picture."""
     with pytest.raises(HimapError, match="32000"):
         encode_prompt(tokenizer, "What is it?", TEMPLATE, 32000, N)
-
-
-@pytest.mark.parametrize("template", ["USER: {question}", "<image> <image>\n{question}", "<image>\nWhat is it?"])
-def test_template_is_checked(tokenizer, template):
-    """A folder's own template without a place for the picture or the question would leave it out silently."""
-    with pytest.raises(HimapError, match="template"):
-        encode(tokenizer, "What is it?", template)
 
 
 @pytest.mark.parametrize(

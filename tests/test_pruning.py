@@ -277,12 +277,16 @@ def test_scores_that_are_not_numbers(tiny_decoder, embeddings, bad):
         tiny_decoder()(embeddings(2, 22), (4, 16), (Stage(2, 5, broken),))
 
 
-CUTS = [lambda s: s[:, :-4], lambda s: s[:1], lambda s: s[0], lambda s: s[:, None], lambda s: s.tolist(), id]
+CUTS = [
+    lambda s: s[:, :-4], lambda s: s[:1], lambda s: s[0], lambda s: s[:, None], lambda s: s.tolist(), id,
+    lambda s: s * (1 + 1j),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_scores_of_another_shape(tiny_decoder, embeddings, cut):
-    """Scores of fewer tokens ranked as if they were of all, or one item's choice used for its whole batch."""
+    """Scores of fewer tokens ranked as if they were of all, or one item's choice used for its whole batch; complex ones
+    whose imaginary part is dropped."""
     with pytest.raises(HimapError, match=r"layer 2 returned .*, not \(B, N\) = \[2, 12\]"):
         tiny_decoder()(embeddings(2, 22), (4, 16), (Stage(2, 5, lambda view: cut(text_to_image(view))),))
 
@@ -392,34 +396,9 @@ def test_parse_stages():
     )
     assert type(parse_stages("2:1:text_to_image")[0].keep) is int
     assert type(parse_stages("2:1.0:text_to_image")[0].keep) is float
-    for nothing in ("", " \n"):
-        with pytest.raises(HimapError, match="none are given.*--method none"):
-            parse_stages(nothing)
     for name in ("text_to_image", "image_to_image", "last_to_image", "all_to_image", "random"):
         (stage,) = parse_stages(f"3:.5:{name}")
         assert stage.name == name and stage.score is SCORES[name]
-
-
-def test_parse_stages_imports_a_users_score(tmp_path, monkeypatch):
-    """A user's function not found, or run from a file that nobody vouched for."""
-    (tmp_path / "my_scores.py").write_text("def newest(view):\n    return view.positions[:, view.image].float()\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    (stage,) = parse_stages("2:0.5:my_scores:newest")
-    assert stage.name == "newest" and stage.keep == 0.5
-    with pytest.raises(HimapError, match="unknown"):
-        parse_stages("2:0.5:my_scores:newest", trusted=False)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["2", "2:0.5", "2:0.5:", "x:0.5:text_to_image", "2:half:text_to_image", "2:0.5:nonsense", "2:0.5:no_such_module:f"]
-    + ["2:0.5:math:pi", "2:0.5:math:nothing", "0:0.5:text_to_image", "2:1.5:text_to_image", "2:0:text_to_image"]
-    + ["2::text_to_image"],
-)
-def test_parse_stages_errors(text):
-    """A traceback, or a schedule made of a typing mistake."""
-    with pytest.raises(HimapError, match="stage|score"):
-        parse_stages(text)
 
 
 def test_view_rows_are_slices_of_the_prompt(embeddings):

@@ -2,7 +2,6 @@
 
 import random
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,19 +82,6 @@ def test_the_draws_cover_what_they_should():
     assert sum(len({*map(len, prompts)}) > 1 for _, prompts, *_ in drawn) > 150
     assert 40 < sum(options["reprune"] for *_, options, _ in drawn) < 160
     assert sum(cached > 0 for *_, cached in drawn) > 40 and sum(len(stages) > 1 for _, _, _, stages, *_ in drawn) > 60
-
-
-def test_ends_at_different_steps(tiny_decoder):
-    """A finished prompt that goes on being answered, or that ends the others."""
-    decoder, r = tiny_decoder(), torch.Generator().manual_seed(3)
-    prompts = [torch.randn(n, D, generator=r) for n in (20, 17, 25, 22)]
-    stages, ask = (Stage(2, 5, text_to_image),), partial(generate, decoder, image_span=(4, 14), max_new_tokens=9)
-    free = [ask([prompt], stages=stages).token_ids[0] for prompt in prompts]
-    eos = [free[0][0], free[1][3], free[2][6]]
-    batch = ask(prompts, stages=stages, eos_token_ids=eos)
-    alone = [ask([prompt], stages=stages, eos_token_ids=eos) for prompt in prompts]
-    assert batch.token_ids == [one.token_ids[0] for one in alone] and batch.finish == [one.finish[0] for one in alone]
-    assert len({len(ids) for ids in batch.token_ids}) > 2
 
 
 @pytest.mark.parametrize("reprune", [False, True])

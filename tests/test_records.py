@@ -2,8 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -70,19 +70,23 @@ def test_other_files_are_refused(tmp_path, text):
 
 def test_second_run_is_refused(tmp_path):
     """Two runs that write the same file: every result twice. The first one's death must free it."""
-    path = tmp_path / "a.jsonl"
-    code = (
-        "import sys, time; from pathlib import Path; from himap_ref.studies.records import Records\n"
-        f"records = Records(Path({str(path)!r}), {{}}); print('open', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
-        try:
-            assert other.stdout.readline() == b"open\n"
-            with pytest.raises(HimapError, match="another run"):
-                Records(path, {})
-        finally:
-            other.kill()
-            other.wait()
+    path, context = tmp_path / "a.jsonl", get_context("fork")
+    opened = context.Event()
+
+    def hold():
+        with Records(path, {}):
+            opened.set()
+            time.sleep(60)
+
+    other = context.Process(target=hold)
+    other.start()
+    try:
+        assert opened.wait(60)
+        with pytest.raises(HimapError, match="another run"):
+            Records(path, {})
+    finally:
+        other.kill()
+        other.join()
     with Records(path, {}) as records:
         assert records.rows == {}
 
@@ -105,16 +109,11 @@ def test_full_disk(tmp_path, monkeypatch):
     assert [json.loads(line).get("id") for line in path.read_text().splitlines()] == [None, *ROWS]
 
 
-def test_unwritable(tmp_path):
-    """A traceback for a folder in the file's place."""
-    with pytest.raises(HimapError, match="cannot be written"):
-        Records(tmp_path, {})
-
-
-def test_pipe(tmp_path):
-    """A run that waits for ever for what a pipe will say."""
-    os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(HimapError, match="a.jsonl: not a file"):
+@pytest.mark.parametrize("make, message", [(Path.mkdir, "cannot be written"), (os.mkfifo, "not a file")])
+def test_no_file(tmp_path, make, message):
+    """A traceback for a folder in the file's place; a run that waits for ever for what a pipe will say."""
+    make(tmp_path / "a.jsonl")
+    with pytest.raises(HimapError, match=f"a.jsonl: {message}"):
         Records(tmp_path / "a.jsonl", {})
 
 
