@@ -4,7 +4,7 @@ So `2 * rows * in * out` for each linear layer (the patch convolution is one), `
 scores and as much for the weighted sum. A causal mask saves nothing: masked products are computed too. Not counted:
 biases, norms, softmax, activations, RoPE, embedding look-ups, sorting; and what a score function of one's own
 multiplies beyond `LayerView.attention`. Equal to torch's FlopCounterMode (math attention backend) to the last FLOP.
-Papers use other definitions: see `studies/literature.py`."""
+Papers use other definitions: see `studies/accuracy/literature.py`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

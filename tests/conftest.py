@@ -19,8 +19,8 @@ from toys import TINY_CONFIG, random_llava, random_weights, tensors_of, write_fo
 from himap_ref import LlamaDecoder, Llava, LlavaConfig, TextConfig, VisionConfig
 from himap_ref.checkpoint.config import read_config
 from himap_ref.commands.manners import run_command
-from himap_ref.studies.drawing import draw
-from himap_ref.studies.scenes import UNSEEN, make_scene
+from himap_ref.studies.questions.drawing import draw
+from himap_ref.studies.questions.scenes import UNSEEN, make_scene
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -37,12 +37,12 @@ from himap_ref import HimapError, Llava
 from himap_ref.checkpoint.files import read_json, tensor_files
 from himap_ref.checkpoint.load import rename
 from himap_ref.methods.schedules import parse_method
-from himap_ref.studies.drawing import draw
-from himap_ref.studies.examples import Example
-from himap_ref.studies.labels import LETTERS
-from himap_ref.studies.question_files import parse_questions
-from himap_ref.studies.scenes import TEST, make_scene
-from himap_ref.studies.timing import peak
+from himap_ref.studies.questions.drawing import draw
+from himap_ref.studies.questions.examples import Example
+from himap_ref.studies.questions.labels import LETTERS
+from himap_ref.studies.questions.question_files import parse_questions
+from himap_ref.studies.questions.scenes import TEST, make_scene
+from himap_ref.studies.speed.timing import peak
 
 CPU = torch.device("cpu")
 SECONDS, BYTES = 20, 2**30  # what one case may take

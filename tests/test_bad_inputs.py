@@ -39,9 +39,9 @@ from himap_ref.commands.files import check_writable, write_text, write_whole
 from himap_ref.commands.manners import run_command
 from himap_ref.commands.options import revision_of
 from himap_ref.image import ImageProcessor
-from himap_ref.studies import evaluate
-from himap_ref.studies.records import Records
-from himap_ref.studies.train import save_state
+from himap_ref.studies.accuracy import evaluate
+from himap_ref.studies.common.records import Records
+from himap_ref.studies.weights.train import save_state
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS, SHARD = "model.safetensors", "1.safetensors"
@@ -1217,7 +1217,7 @@ def test_ctrl_c_while_libraries_load():
 def test_a_real_ctrl_c(tmp_path, whole):
     """A signal that torch or a library swallows, or turns into a traceback."""
     out = tmp_path / "a.jsonl"
-    command = [sys.executable, "-m", "himap_ref.studies.evaluate", "--weights", whole, "--scenes", "500", "--out", out]
+    command = [sys.executable, "-m", "himap_ref.studies", "evaluate", "--weights", whole, "--scenes", "500", "--out", out]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background it is ignored
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options) as process:

@@ -15,8 +15,10 @@ from himap_ref.checkpoint.config import read_config
 from himap_ref.flops import LayerTrace, pass_flops
 from himap_ref.methods.plan import plan_prefill
 from himap_ref.methods.reducers import ClsAttention
-from himap_ref.studies import bench, timing
-from himap_ref.studies.bench import (
+from himap_ref.studies.accuracy.literature import three_matrix_layer
+from himap_ref.studies.accuracy.precision import threads
+from himap_ref.studies.speed import bench, timing
+from himap_ref.studies.speed.bench import (
     Setting,
     compared,
     figures,
@@ -27,10 +29,8 @@ from himap_ref.studies.bench import (
     tables,
     told_cores,
 )
-from himap_ref.studies.literature import three_matrix_layer
-from himap_ref.studies.precision import threads
-from himap_ref.studies.random_weights import random_model, write
-from himap_ref.studies.timing import Contestant, Sample, Stopwatch, cores_had, replay, take_turns, typical
+from himap_ref.studies.speed.timing import Contestant, Sample, Stopwatch, cores_had, replay, take_turns, typical
+from himap_ref.studies.weights.random_weights import random_model, write
 
 CPU = torch.device("cpu")
 TWO = "1:0.5:text_to_image,3:0.25:image_to_image"

@@ -1,9 +1,9 @@
 """The blind floor: what a guess gets right that never sees the picture."""
 
-from himap_ref.studies import blind
-from himap_ref.studies.blind import best_guesses, num_answers, table
-from himap_ref.studies.examples import Example
-from himap_ref.studies.questions import scene_examples
+from himap_ref.studies.accuracy import blind
+from himap_ref.studies.accuracy.blind import best_guesses, num_answers, table
+from himap_ref.studies.questions.examples import Example
+from himap_ref.studies.questions.selection import scene_examples
 
 STAR, HEART = "What color is the star?", "What color is the heart?"
 HINT = "Answer with the option's letter from the given choices directly."

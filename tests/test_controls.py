@@ -9,8 +9,8 @@ from himap_ref.decoder import rope
 from himap_ref.generation import generate
 from himap_ref.methods.schedules import parse_stages
 from himap_ref.pruning import Stage, image_to_image, text_to_image
-from himap_ref.studies.controls import ORACLE, for_questions, renumbered
-from himap_ref.studies.examples import Example
+from himap_ref.studies.accuracy.controls import ORACLE, for_questions, renumbered
+from himap_ref.studies.questions.examples import Example
 
 SPAN = (3, 12)  # 3 system, 9 image, 5 text tokens
 

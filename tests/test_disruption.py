@@ -11,9 +11,9 @@ from test_pruning import slow_decoder
 from torch.testing import assert_close
 
 from himap_ref import HimapError, generation
-from himap_ref.studies import disruption
-from himap_ref.studies.disruption import KINDS, READINGS, Block, blocked, disrupt, draw_rows, summarize, visible
-from himap_ref.studies.examples import Example
+from himap_ref.studies.paper import disruption
+from himap_ref.studies.paper.disruption import KINDS, READINGS, Block, blocked, disrupt, draw_rows, summarize, visible
+from himap_ref.studies.questions.examples import Example
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "disruption_cases.json").read_text())["cases"]

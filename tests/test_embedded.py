@@ -5,11 +5,11 @@ from collections import defaultdict
 import pytest
 
 from himap_ref.methods.schedules import parse_method
-from himap_ref.studies.asking import ask_each
-from himap_ref.studies.evaluate import answer
-from himap_ref.studies.metrics import exact
-from himap_ref.studies.questions import scene_examples
-from himap_ref.studies.scenes import KINDS
+from himap_ref.studies.accuracy.evaluate import answer
+from himap_ref.studies.accuracy.metrics import exact
+from himap_ref.studies.common.asking import ask_each
+from himap_ref.studies.questions.scenes import KINDS
+from himap_ref.studies.questions.selection import scene_examples
 
 
 @pytest.mark.parametrize("method", ["none", "himap"])

@@ -15,14 +15,15 @@ from toys import make_tokenizer
 from himap_ref import LLAVA_1_5_7B, HimapError, Llava
 from himap_ref.flops import projector_flops, vision_flops
 from himap_ref.methods.schedules import Method, parse_method
-from himap_ref.studies import bias, disruption, entries, evaluate, flow, precision, sweep
-from himap_ref.studies.asking import ask_each
-from himap_ref.studies.controls import for_questions
-from himap_ref.studies.drawing import draw
-from himap_ref.studies.evaluate import Evaluation, answer
-from himap_ref.studies.examples import Example
-from himap_ref.studies.metrics import METRICS, bootstrap, wilson
-from himap_ref.studies.scenes import TEST, make_scene
+from himap_ref.studies.accuracy import bias, entries, evaluate, precision, sweep
+from himap_ref.studies.accuracy.controls import for_questions
+from himap_ref.studies.accuracy.evaluate import Evaluation, answer
+from himap_ref.studies.accuracy.metrics import METRICS, bootstrap, wilson
+from himap_ref.studies.common.asking import ask_each
+from himap_ref.studies.paper import disruption, flow
+from himap_ref.studies.questions.drawing import draw
+from himap_ref.studies.questions.examples import Example
+from himap_ref.studies.questions.scenes import TEST, make_scene
 
 SCENES = [
     Example(f"{seed}", "How many objects are there?", (str(len(make_scene(seed).things)),), "count", make_scene(seed))

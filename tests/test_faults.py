@@ -17,8 +17,9 @@ import time
 import pytest
 
 from himap_ref import HimapError
-from himap_ref.studies import bias, disruption, evaluate, flow, precision, sweep
-from himap_ref.studies.records import Records
+from himap_ref.studies.accuracy import bias, evaluate, precision, sweep
+from himap_ref.studies.common.records import Records
+from himap_ref.studies.paper import disruption, flow
 
 KILLS = int(os.environ.get("HIMAP_KILLS", 3))
 EACH = min(KILLS, 10)  # kills a test

@@ -23,7 +23,13 @@ from himap_ref.generation import generate
 from himap_ref.methods.plan import plan_prefill
 from himap_ref.methods.schedules import FASTV
 from himap_ref.methods.scores import all_to_image, last_to_image, random
-from himap_ref.studies.literature import definitions, lm_head_flops, paper_flops, three_matrix_layer, tokens_per_layer
+from himap_ref.studies.accuracy.literature import (
+    definitions,
+    lm_head_flops,
+    paper_flops,
+    three_matrix_layer,
+    tokens_per_layer,
+)
 
 CONFIG_7B, CONFIG_13B = LLAVA_1_5_7B.text_config, LLAVA_1_5_13B.text_config
 

@@ -17,9 +17,9 @@ from toys import TOKENIZERS, make_tokenizer
 
 from himap_ref import HimapError, Llava
 from himap_ref.commands.options import EMBEDDED
-from himap_ref.studies import flow
-from himap_ref.studies.plots import check_picture, figure
-from himap_ref.studies.questions import scene_examples
+from himap_ref.studies.common.plots import check_picture, figure
+from himap_ref.studies.paper import flow
+from himap_ref.studies.questions.selection import scene_examples
 
 GOLDEN = Path(__file__).parent / "golden"
 (CASE,) = json.loads((GOLDEN / "saliency_cases.json").read_text())["cases"]

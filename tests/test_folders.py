@@ -19,7 +19,7 @@ from toys import TINY_CONFIG, changed, make_tokenizer, noise, random_llava, tens
 from himap_ref import HimapError, Llava
 from himap_ref.checkpoint.config import QUANTISED, read_config, read_image_processor
 from himap_ref.checkpoint.files import find_folder
-from himap_ref.studies.hub_layout import config_json
+from himap_ref.studies.weights.hub_layout import config_json
 
 SAFE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -25,8 +25,8 @@ from toys import join_safetensors, split_safetensors
 from himap_ref import HimapError, Llava
 from himap_ref.checkpoint.config import build
 from himap_ref.methods import schedules
-from himap_ref.studies.precision import threads
-from himap_ref.studies.question_files import parse_questions
+from himap_ref.studies.accuracy.precision import threads
+from himap_ref.studies.questions.question_files import parse_questions
 
 CASES, SEED = int(os.environ.get("HIMAP_CASES", 500)), int(os.environ.get("HIMAP_SEED", 0))
 KEPT = [json.loads(line) for line in Path(__file__).with_name("fuzz_cases.jsonl").read_text().splitlines()]
@@ -175,8 +175,8 @@ LOAD, BUILD, PARSE = "himap_ref.Llava.load_state_dict", "himap_ref.checkpoint.co
 WHITE = "Wrong: image_std is (1.0, 1.0, 1.0), the file says (0.5, 0.5, 0.5)"
 MIXED = "Wrong: language_model.model.layers.0.self_attn.q_proj.weight is not what model.safetensors holds"
 GUARDS = {  # what is lost: (its place, what stands there instead, file, contents or None for the whole ones, outcome)
-    "a picture from elsewhere": ("himap_ref.studies.question_files._inside", lambda folder, name: folder / name,
-                                 "questions.json", ELSEWHERE, "reached open '/etc/hostname'"),
+    "a picture from elsewhere": ("himap_ref.studies.questions.question_files._inside",
+                                 lambda folder, name: folder / name, "questions.json", ELSEWHERE, "reached open '/etc/hostname'"),
     "a shard from elsewhere": ("fuzz.tensor_files", lambda folder: [folder / "../model/model.safetensors"],
                                INDEX, OUTSIDE, "Wrong: a shard in another folder"),
     "a function from elsewhere": ("himap_ref.methods.schedules._find_score", lambda name, _: schedules._own_score(name),

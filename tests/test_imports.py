@@ -1,4 +1,5 @@
-"""Imports run one way: reading path <- door, methods and kernels <- assistant <- commands <- studies, demo, run.py."""
+"""Imports run one way: reading path <- door, methods and kernels <- assistant <- commands <- studies, demo, run.py;
+among the studies questions <- weights, common <- accuracy <- paper, speed."""
 
 import ast
 import re
@@ -7,11 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CORE = {"", "checkpoint", "methods", "kernels", "assistant", "commands"}
+QUESTIONS, WEIGHTS, COMMON, ACCURACY = (f"studies.{room}" for room in ("questions", "weights", "common", "accuracy"))
 MAY = {  # room: the rooms that it may import from, beside itself
     "": set(), "checkpoint": {""}, "methods": {""}, "kernels": {""},
     "assistant": {"", "checkpoint", "methods", "kernels"}, "commands": {"", "checkpoint", "methods", "assistant"},
-    "studies": {"", "checkpoint", "methods", "kernels", "assistant", "commands"},
-    "demo": {"", "methods", "assistant", "commands"},
+    "demo": {"", "methods", "assistant", "commands"}, "studies": {"", "commands"},
+    QUESTIONS: CORE, WEIGHTS: CORE | {QUESTIONS}, COMMON: CORE | {QUESTIONS}, ACCURACY: CORE | {QUESTIONS, COMMON},
+    "studies.paper": CORE | {QUESTIONS, COMMON, ACCURACY}, "studies.speed": CORE | {WEIGHTS, COMMON, ACCURACY},
 }  # fmt: skip
 FILES = sorted(path.relative_to(ROOT / "himap_ref") for path in (ROOT / "himap_ref").rglob("*.py"))
 
@@ -29,14 +33,14 @@ def imported(path: Path, package: tuple[str, ...]) -> set[str]:
             continue
         for name in ([part for part in name if part] for name in names):
             if name[0] == "himap_ref" and len(name) > 1:
-                rooms.add(name[1] if name[1] in MAY else "")
+                rooms.add(next((room for room in (".".join(name[1:3]), name[1]) if room in MAY), ""))
     return rooms
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_one_way(file):
     """The model that imports what reads files, or a command that needs the studies: nothing that can be read alone."""
-    room = str(file.parent) if file.parent.name else ""
+    room = ".".join(file.parent.parts)
     rooms = imported(ROOT / "himap_ref" / file, ("himap_ref", *file.parent.parts))
     may = MAY[room] | {room} | {"__init__.py": {"assistant"}, "__main__.py": {"commands"}}.get(str(file), set())
     assert rooms <= may
@@ -49,5 +53,5 @@ def test_run_needs_no_study():
 def test_every_room_is_installed():
     """A room that a clone has and an installed package lacks."""
     listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
-    rooms = {"himap_ref", *(f"himap_ref.{file.parent.name}" for file in FILES if file.parent.name)}
+    rooms = {".".join(("himap_ref", *file.parent.parts)) for file in FILES}
     assert {*re.findall(r'"(\S+?)"', listed)} == rooms | {"himap_ref.weights.shapes"}

@@ -13,9 +13,16 @@ from himap_ref.checkpoint.config import read_settings
 from himap_ref.checkpoint.files import read_tokenizer
 from himap_ref.commands.known import is_known, note_on
 from himap_ref.commands.options import EMBEDDED
-from himap_ref.studies import train
-from himap_ref.studies.drawing import draw
-from himap_ref.studies.scenes import CHOICE_HINT, KINDS, TEST, make_questions, make_scene, question_forms
+from himap_ref.studies.questions.drawing import draw
+from himap_ref.studies.questions.scenes import (
+    CHOICE_HINT,
+    KINDS,
+    TEST,
+    make_questions,
+    make_scene,
+    question_forms,
+)
+from himap_ref.studies.weights import train
 
 QUESTION = "What color is the star?"
 RESAMPLED = Image.Resampling.NEAREST, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS

@@ -13,8 +13,8 @@ from himap_ref.flops import projector_flops, vision_flops
 from himap_ref.methods.reducers import AveragePool, ClsAttention
 from himap_ref.methods.schedules import METHODS, parse_method, parse_stages
 from himap_ref.methods.scores import SCORES, last_to_image
-from himap_ref.studies.drawing import draw
-from himap_ref.studies.scenes import UNSEEN, make_scene
+from himap_ref.studies.questions.drawing import draw
+from himap_ref.studies.questions.scenes import UNSEEN, make_scene
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from himap_ref import HimapError
-from himap_ref.studies.examples import Example
-from himap_ref.studies.labels import options_of
-from himap_ref.studies.metrics import METRICS, bootstrap, choice_letter, normalize, paired, says_yes, wilson
-from himap_ref.studies.metrics import scienceqa_letter as llava_letter
+from himap_ref.studies.accuracy.metrics import METRICS, bootstrap, choice_letter, normalize, paired, says_yes, wilson
+from himap_ref.studies.accuracy.metrics import scienceqa_letter as llava_letter
+from himap_ref.studies.questions.examples import Example
+from himap_ref.studies.questions.labels import options_of
 
 
 def example(*answers):

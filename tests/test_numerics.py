@@ -18,10 +18,11 @@ from himap_ref.cache import take
 from himap_ref.methods import reducers
 from himap_ref.methods.schedules import Method, parse_method
 from himap_ref.methods.scores import SCORES
-from himap_ref.studies import disruption, evaluate, flow
-from himap_ref.studies.asking import ask_each
-from himap_ref.studies.precision import digest, threads
-from himap_ref.studies.questions import scene_examples
+from himap_ref.studies.accuracy import evaluate
+from himap_ref.studies.accuracy.precision import digest, threads
+from himap_ref.studies.common.asking import ask_each
+from himap_ref.studies.paper import disruption, flow
+from himap_ref.studies.questions.selection import scene_examples
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights" / "shapes"

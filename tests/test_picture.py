@@ -12,8 +12,8 @@ from himap_ref import HimapError
 from himap_ref.commands.html_report import draw_report
 from himap_ref.commands.picture import draw_kept, follow, font_for, heat_panel, kept_panel, wrap
 from himap_ref.methods.schedules import parse_method
-from himap_ref.studies import flow
-from himap_ref.studies.questions import scene_examples
+from himap_ref.studies.paper import flow
+from himap_ref.studies.questions.selection import scene_examples
 
 QUESTION = "What color is the star?"
 

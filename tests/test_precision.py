@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from himap_ref import HimapError
-from himap_ref.studies import precision
-from himap_ref.studies.metrics import wilson
-from himap_ref.studies.precision import Way, compare, digest, threads, ways_of
+from himap_ref.studies.accuracy import precision
+from himap_ref.studies.accuracy.metrics import wilson
+from himap_ref.studies.accuracy.precision import Way, compare, digest, threads, ways_of
 
 
 def row(kept, answer, correct=1.0, scores="s", logits="l"):

@@ -9,11 +9,11 @@ import pytest
 from toys import noise
 
 from himap_ref import HimapError
-from himap_ref.studies.drawing import draw
-from himap_ref.studies.examples import Example
-from himap_ref.studies.question_files import SEVERAL
-from himap_ref.studies.questions import FORMATS, add_question_arguments, load_examples, scene_examples
-from himap_ref.studies.scenes import CHOICE_HINT, KINDS, TEST, make_questions, make_scene
+from himap_ref.studies.questions.drawing import draw
+from himap_ref.studies.questions.examples import Example
+from himap_ref.studies.questions.question_files import SEVERAL
+from himap_ref.studies.questions.scenes import CHOICE_HINT, KINDS, TEST, make_questions, make_scene
+from himap_ref.studies.questions.selection import FORMATS, add_question_arguments, load_examples, scene_examples
 
 PLAIN = {"question_id": 7, "image": "a.png", "text": "Is there a cat?", "label": "yes"}
 

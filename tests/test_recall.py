@@ -6,8 +6,8 @@ import pytest
 from toys import write_small_model
 
 from himap_ref import HimapError
-from himap_ref.studies import recall
-from himap_ref.studies.examples import Example
+from himap_ref.studies.accuracy import recall
+from himap_ref.studies.questions.examples import Example
 
 
 def example(key, kind, *targets, size=0, place=""):

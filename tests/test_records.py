@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from himap_ref import HimapError
-from himap_ref.studies.records import Records, fingerprint
+from himap_ref.studies.common.records import Records, fingerprint
 
 SETTINGS = {"method": "himap", "stages": [(2, 0.5)], "seed": 1}
 ROWS = {f"q{number}": {"answer": "a\nb\u2028 \ud800é" * number} for number in range(6)}

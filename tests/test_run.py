@@ -164,7 +164,7 @@ def test_note_of_the_chat_template(run, shapes_folder, name, jinja, template):
 @pytest.mark.parametrize("args, without_output, without_errors", [  # exit statuses
     (["run.py"], 141, 0), (["run.py", "--json"], 141, 0),
     (["run.py", "--chat", "--prompt", "Why?"], 141, 0), (["run.py", "--help"], 141, 0),
-    (["run.py", "--stages", "x"], 2, 2), (["himap_ref.studies.bias", "--help"], 141, 0),
+    (["run.py", "--stages", "x"], 2, 2), (["himap_ref.studies.accuracy.bias", "--help"], 141, 0),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_closed_pipe(forked, args, without_output, without_errors, closed):

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageChops
 
-from himap_ref.studies.drawing import DIGITS, draw
-from himap_ref.studies.scenes import (
+from himap_ref.studies.questions.drawing import DIGITS, draw
+from himap_ref.studies.questions.scenes import (
     BACKGROUNDS,
     COLORS,
     COLUMNS,

@@ -10,14 +10,14 @@ from toys import write_small_model
 
 from himap_ref import LLAVA_1_5_7B, Llava
 from himap_ref.methods.schedules import parse_method
-from himap_ref.studies import sweep
-from himap_ref.studies.controls import ORACLE, POSITIONS
-from himap_ref.studies.entries import CHANCE, SMALLER, families
-from himap_ref.studies.evaluate import answer
-from himap_ref.studies.metrics import bootstrap, holm
-from himap_ref.studies.plots import spread
-from himap_ref.studies.questions import scene_examples
-from himap_ref.studies.scenes import SIZE
+from himap_ref.studies.accuracy import sweep
+from himap_ref.studies.accuracy.controls import ORACLE, POSITIONS
+from himap_ref.studies.accuracy.entries import CHANCE, SMALLER, families
+from himap_ref.studies.accuracy.evaluate import answer
+from himap_ref.studies.accuracy.metrics import bootstrap, holm
+from himap_ref.studies.common.plots import spread
+from himap_ref.studies.questions.scenes import SIZE
+from himap_ref.studies.questions.selection import scene_examples
 
 
 def test_holm():

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from himap_ref.assistant import Llava
-from himap_ref.studies import train
-from himap_ref.studies.scenes import GRID, PATCH, make_questions, make_scene
-from himap_ref.studies.train import Plan, Scenes
+from himap_ref.studies.questions.scenes import GRID, PATCH, make_questions, make_scene
+from himap_ref.studies.weights import train
+from himap_ref.studies.weights.train import Plan, Scenes
 
 PLAN = Plan(100, ((0, 1, 2), (3, 4, 9)), batch=2)
 

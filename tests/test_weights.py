@@ -14,8 +14,8 @@ from toys import changed, noise, write_json
 from himap_ref import HimapError, Llava, TextConfig, VisionConfig
 from himap_ref.checkpoint.config import read_config
 from himap_ref.checkpoint.load import rename
-from himap_ref.studies.hub_layout import hub_name
-from himap_ref.studies.train import export
+from himap_ref.studies.weights.hub_layout import hub_name
+from himap_ref.studies.weights.train import export
 
 WEIGHTS = "model.safetensors"
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"

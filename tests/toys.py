@@ -20,7 +20,7 @@ from himap_ref.checkpoint.config import read_config
 from himap_ref.checkpoint.files import read_tokenizer
 from himap_ref.commands.options import EMBEDDED
 from himap_ref.image import ImageProcessor
-from himap_ref.studies.hub_layout import folder_files, hub_name
+from himap_ref.studies.weights.hub_layout import folder_files, hub_name
 
 SENTENCES = [
     "A chat between a curious human and an artificial intelligence assistant.",

@@ -13,9 +13,9 @@ from lmms_eval.api.instance import Instance  # noqa: E402
 
 from himap_ref import HimapError, Llava  # noqa: E402
 from himap_ref.methods.schedules import parse_stages  # noqa: E402
-from himap_ref.studies.drawing import draw  # noqa: E402
-from himap_ref.studies.lmms_eval_model import HimapRef, Sampling, cut, read_sampling  # noqa: E402
-from himap_ref.studies.scenes import make_questions, make_scene  # noqa: E402
+from himap_ref.studies.accuracy.lmms_eval_model import HimapRef, Sampling, cut, read_sampling  # noqa: E402
+from himap_ref.studies.questions.drawing import draw  # noqa: E402
+from himap_ref.studies.questions.scenes import make_questions, make_scene  # noqa: E402
 
 SEED = 1_001_000_000  # the first in seeds.jsonl
 STAGES = "2:6:text_to_image,8:0.25:image_to_image"  # harsh, so that answers show that it was obeyed

@@ -2,8 +2,8 @@
 
 from datasets import Dataset
 
-from himap_ref.studies.drawing import draw
-from himap_ref.studies.scenes import make_questions, make_scene
+from himap_ref.studies.questions.drawing import draw
+from himap_ref.studies.questions.scenes import make_questions, make_scene
 
 
 def ask(seeds: Dataset) -> Dataset:

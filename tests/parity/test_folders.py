@@ -14,7 +14,7 @@ from toys import noise, write_json
 from himap_ref import Llava
 from himap_ref.checkpoint.config import read_config, read_image_processor
 from himap_ref.decoder import rope
-from himap_ref.studies.hub_layout import config_json
+from himap_ref.studies.weights.hub_layout import config_json
 
 from .tiny import edit_config, make_model, make_processor, save
 

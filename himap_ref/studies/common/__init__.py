@@ -1,0 +1,3 @@
+"""What several studies share: results files that resume, asking question by question, figures.
+
+No study of its own."""

@@ -1,0 +1,3 @@
+"""The paper's two findings: where information flows, and what breaks if it cannot.
+
+With the official code's definitions beside the paper's."""
