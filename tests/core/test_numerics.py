@@ -24,7 +24,7 @@ from himap_ref.studies.common.asking import ask_each
 from himap_ref.studies.paper import disruption, flow
 from himap_ref.studies.questions.selection import scene_examples
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "weights" / "shapes"
 DTYPES, HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
 METHODS = ["none", "himap", "vtw", "cls:20", "pool:4", *(f"2:0.5:{name},8:0.5:{name}" for name in SCORES)]
@@ -212,7 +212,7 @@ def every_fact(at):
 def test_run_to_run(at):
     """Answers that depend on the process: an unseeded draw, a set's order, uninitialised memory."""
     code = (
-        "import json, sys, torch; sys.path.append('tests'); import test_numerics as t\n"
+        "import json, sys, torch; sys.path += ['tests', 'tests/core']; import test_numerics as t\n"
         "models = {d: t.Llava.from_pretrained(t.WEIGHTS, d) for d in t.DTYPES}\n"
         "torch.manual_seed(5); torch.set_num_threads(1); print(json.dumps(t.every_fact(models.get)))"
     )

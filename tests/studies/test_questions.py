@@ -176,7 +176,7 @@ def objects(text):
     return [json.JSONDecoder().raw_decode(text[start:].replace("\n", " "))[0] for start in starts]
 
 
-@pytest.mark.parametrize("text", [FORMATS, (Path(__file__).parents[1] / "README.md").read_text("utf-8")])
+@pytest.mark.parametrize("text", [FORMATS, (Path(__file__).parents[2] / "README.md").read_text("utf-8")])
 def test_documented_formats(ask, text):
     """An example that is not read as written."""
     entries = objects(text)

@@ -43,7 +43,7 @@ from himap_ref.studies.accuracy import evaluate
 from himap_ref.studies.common.records import Records
 from himap_ref.studies.weights.train import save_state
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS, SHARD = "model.safetensors", "1.safetensors"
 QUERY = "language_model.model.layers.0.self_attn.q_proj.weight"
 OUTPUT = "language_model.model.layers.0.self_attn.o_proj.weight"
@@ -1217,7 +1217,8 @@ def test_ctrl_c_while_libraries_load():
 def test_a_real_ctrl_c(tmp_path, whole):
     """A signal that torch or a library swallows, or turns into a traceback."""
     out = tmp_path / "a.jsonl"
-    command = [sys.executable, "-m", "himap_ref.studies", "evaluate", "--weights", whole, "--scenes", "500", "--out", out]
+    study = "-m", "himap_ref.studies", "evaluate"
+    command = [sys.executable, *study, "--weights", whole, "--scenes", "500", "--out", out]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background it is ignored
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options) as process:

@@ -21,7 +21,7 @@ from himap_ref.studies.common.plots import check_picture, figure
 from himap_ref.studies.paper import flow
 from himap_ref.studies.questions.selection import scene_examples
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 (CASE,) = json.loads((GOLDEN / "saliency_cases.json").read_text())["cases"]
 PLAIN, OFFICIAL = map(flow.DEFINITIONS.index, ("plain", "official"))
 near = {"rtol": 1e-3, "atol": 1e-7}

@@ -2,7 +2,7 @@
 
 Three kills of an evaluation are among the default tests. Fifty, and ten of each other study that resumes:
 
-    HIMAP_KILLS=50 python -m pytest tests/test_faults.py -k killed -s
+    HIMAP_KILLS=50 python -m pytest tests/faults/test_faults.py -k killed -s
 """
 
 import json

@@ -19,7 +19,7 @@ from himap_ref.sampling import Sampling
 
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 D = 32
-WEIGHTS = Path(__file__).parents[1] / "weights" / "shapes"
+WEIGHTS = Path(__file__).parents[2] / "weights" / "shapes"
 
 
 def draw(seed):

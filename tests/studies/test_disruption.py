@@ -15,7 +15,7 @@ from himap_ref.studies.paper import disruption
 from himap_ref.studies.paper.disruption import KINDS, READINGS, Block, blocked, disrupt, draw_rows, summarize, visible
 from himap_ref.studies.questions.examples import Example
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "disruption_cases.json").read_text())["cases"]
 RECORDED = load_file(GOLDEN / "disruption_cases.safetensors")
 SPAN, N_TOKENS, SEEDS = (3, 12), 17, ("a", "b")  # 3 system, 9 image, 5 text tokens

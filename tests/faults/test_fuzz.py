@@ -2,7 +2,7 @@
 
 500 cases are among the default tests. 20,000, others with another seed:
 
-    HIMAP_CASES=20000 HIMAP_SEED=0 python -m pytest tests/test_fuzz.py -k cases
+    HIMAP_CASES=20000 HIMAP_SEED=0 python -m pytest tests/faults/test_fuzz.py -k cases
 """
 
 import base64
@@ -176,7 +176,8 @@ WHITE = "Wrong: image_std is (1.0, 1.0, 1.0), the file says (0.5, 0.5, 0.5)"
 MIXED = "Wrong: language_model.model.layers.0.self_attn.q_proj.weight is not what model.safetensors holds"
 GUARDS = {  # what is lost: (its place, what stands there instead, file, contents or None for the whole ones, outcome)
     "a picture from elsewhere": ("himap_ref.studies.questions.question_files._inside",
-                                 lambda folder, name: folder / name, "questions.json", ELSEWHERE, "reached open '/etc/hostname'"),
+                                 lambda folder, name: folder / name, "questions.json", ELSEWHERE,
+                                 "reached open '/etc/hostname'"),
     "a shard from elsewhere": ("fuzz.tensor_files", lambda folder: [folder / "../model/model.safetensors"],
                                INDEX, OUTSIDE, "Wrong: a shard in another folder"),
     "a function from elsewhere": ("himap_ref.methods.schedules._find_score", lambda name, _: schedules._own_score(name),

@@ -119,7 +119,7 @@ class Workspace:
         self.root = root.resolve()
         self.whole = build(self.root)
         self.model = Llava.from_pretrained(self.root / "model")
-        own = self.root, Path(__file__).parents[1], sys.prefix, sys.base_prefix, *sys.path, "/proc/self", os.devnull
+        own = self.root, Path(__file__).parents[2], sys.prefix, sys.base_prefix, *sys.path, "/proc/self", os.devnull
         self.own = tuple(os.path.realpath(place) + os.sep for place in own if place)  # what may be opened
         self.watching, self.reached = False, []
         sys.addaudithook(self._hear)  # for good: no hook is ever taken away

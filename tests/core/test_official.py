@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from himap_ref import Stage, image_to_image, text_to_image
 from himap_ref.generation import generate
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PRUNE = json.loads((GOLDEN / "prune_cases.json").read_text())["cases"]
 (GENERATE,) = json.loads((GOLDEN / "generate_cases.json").read_text())["cases"]
 near = {"rtol": 0, "atol": 2e-4}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MISTRAL = "{{ '[INST] ' + m[0]['content'] + ' [/INST]' }}{% if x %}{{ m[1]['content'] + '</s>' }}{% endif %}"
 EXAMPLE = ROOT / "weights" / "shapes" / "example.png"
 TWO = "2:40:text_to_image,8:0.25:image_to_image"

@@ -131,7 +131,7 @@ def test_end_of_sequence_ids(folder, generation, top, text, expected):
 
 def test_the_embedded_folder_is_what_the_writer_writes(tmp_path):
     """A writer that has gone its own way since: the next training would give a folder that nobody has tested."""
-    embedded = Path(__file__).parents[1] / "weights" / "shapes"
+    embedded = Path(__file__).parents[2] / "weights" / "shapes"
     model = Llava.from_pretrained(embedded)
     export(model, model.tokenizer, tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
