@@ -52,19 +52,6 @@ def test_loads_every_tensor(folder, model):
     torch.testing.assert_close(loaded(ids, pixels).logits, model(ids, pixels).logits, atol=1e-5, rtol=0)
 
 
-def test_shards_with_index(folder, model):
-    """Only the first shard would be read, or a file that the index does not name."""
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    names = sorted(tensors)
-    files = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(names)}
-    for file in set(files.values()):
-        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
-    save_file({"adapter.weight": torch.zeros(2)}, folder / "adapter.safetensors")
-    assert same(Llava.from_pretrained(folder), model)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cast(folder, model, dtype):
     """Some parameters would stay in the file's dtype and the first product of two dtypes fail."""
