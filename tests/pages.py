@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "walkthrough.md"]
 BLOCK = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
 LINK = re.compile(r'\(([\w/.]+\.py)(?:#L\d+)? "([^"]+)"\)')
-COUNT = re.compile(r"\]\(([\w/.]+)\) \| \d+ \|")  # of a file or, of a folder, of all its Python files
+COUNT = re.compile(r"\]\(([\w/.]+)\) \| \d+ \|")  # of a file or, of a folder, of all Python files below it
 
 
 def rewritten(path: Path, page: str) -> str:
@@ -40,7 +40,7 @@ def rewritten(path: Path, page: str) -> str:
 
 
 def lines_of(place: Path) -> int:
-    return sum(len(file.read_text().splitlines()) for file in ([place] if place.is_file() else place.glob("*.py")))
+    return sum(len(file.read_text().splitlines()) for file in ([place] if place.is_file() else place.rglob("*.py")))
 
 
 if __name__ == "__main__":

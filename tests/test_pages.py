@@ -47,7 +47,7 @@ def test_python_example(monkeypatch):
     scope = {"print": lambda *values: printed.append(values)}
     printed = []
     exec(code, scope)
-    assert printed[0][0] == "yellow" and len(printed[0][1]) == 10 and 0 < printed[0][2] < 1
+    assert printed[0][0] == "yellow" and len(printed[0][1]) == 18 and 0 < printed[0][2] < 1
     assert len(scope["again"].traces[0].layers) == 12 and scope["again"].trace.stages == []
 
 

@@ -71,7 +71,7 @@ def test_report(tab, tmp_path, shapes, scene_picture, name):
     for layer in (0, 3, 4, 5, 8, 11):
         tab.locator("#layer").fill(str(layer))
         now = [places for start, places in stages if start <= layer]
-        assert kept(tab) == (now[-1] if now else list(range(36 if name == "pool:6" else 81)))
+        assert kept(tab) == (now[-1] if now else list(range(36 if name == "pool:6" else 144)))
         assert tab.locator("tr.current td").first.text_content() == str(layer)
     row = tab.locator("tr.current td").all_text_contents()
     assert row[2] == f"{answer.trace.layers[11].entered} of {vanilla.trace.layers[11].entered}"
@@ -79,7 +79,7 @@ def test_report(tab, tmp_path, shapes, scene_picture, name):
     assert tab.locator("#told").text_content().startswith("row 1, column 8" if name != "pool:6" else "row 2, column 2")
     if name == "himap":
         tab.get_by_label("scores on entry to layer 4").check()
-        assert tab.locator("rect.ranked").count() == 81 and tab.locator("rect.ranked.kept").count() == 41
+        assert tab.locator("rect.ranked").count() == 144 and tab.locator("rect.ranked.kept").count() == 72
         score = answer.trace.stages[0].scores[7].item()
         assert f"text_to_image {score:.2}" in tab.locator("#told").text_content()
 

@@ -4,6 +4,9 @@ from collections import defaultdict
 
 import pytest
 
+from himap_ref.assistant.picture import load_image
+from himap_ref.commands.ask import EXAMPLE
+from himap_ref.commands.known import note_on
 from himap_ref.methods.schedules import parse_method
 from himap_ref.studies.accuracy.evaluate import answer
 from himap_ref.studies.accuracy.metrics import exact
@@ -21,3 +24,10 @@ def test_answers(shapes, method):
     assert set(hits) == set(KINDS)
     for kind, right in hits.items():
         assert sum(right) >= 0.8 * len(right), kind
+
+
+def test_the_example_needs_its_picture(shapes):
+    """A first answer that shows nothing: the words alone give it, or the note says that it was not trained on."""
+    picture, question = load_image(EXAMPLE[0]), EXAMPLE[1]
+    with_it, without = shapes.generate(picture, question).text, shapes.generate(None, question).text
+    assert with_it == "yellow" != without and note_on(shapes, picture, question) is None

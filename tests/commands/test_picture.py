@@ -59,7 +59,7 @@ def test_follow_stages(asked):
     """A layer that shows what only leaves at the next one."""
     answer, _, tokens = asked("himap")
     stages = answer.trace.stages
-    assert tokens.left(3) == tokens.all == list(range(81)) and tokens.side == 9
+    assert tokens.left(3) == tokens.all == list(range(144)) and tokens.side == 12
     assert tokens.left(4) == tokens.left(7) == stages[0].kept.tolist() and tokens.left(8) == stages[1].kept.tolist()
     assert tokens.choices[1].scores == dict(zip(tokens.left(4), stages[1].scores.tolist(), strict=True))
 

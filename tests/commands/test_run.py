@@ -19,7 +19,7 @@ def test_alone(run):
     """The first command of the README: notes mixed into the answer, or a wrong answer."""
     status, out, err = run()
     assert (status, out) == (0, "yellow\n")  # the example shows a yellow star
-    assert "81 -> " in err and "FLOPs" in err
+    assert "144 -> " in err and "FLOPs" in err
 
 
 def test_json(run):
@@ -28,16 +28,16 @@ def test_json(run):
     data = json.loads(out)
     assert status == 0 and out.count("\n") == 1
     assert data["answer"] == "yellow" and len(data["token_ids"]) == 2
-    assert data["prompt_tokens"] == 101 and data["image_span"] == [11, 92]
+    assert data["prompt_tokens"] == 164 and data["image_span"] == [11, 155]
     assert [(s["layer"], s["score"], len(s["kept"])) for s in data["stages"]] == [
         (2, "text_to_image", 40),
         (8, "image_to_image", 10),
     ]
-    assert set(data["stages"][1]["kept"]) <= set(data["stages"][0]["kept"]) <= set(range(81))
+    assert set(data["stages"][1]["kept"]) <= set(data["stages"][0]["kept"]) <= set(range(144))
     assert [layer["layer"] for layer in data["layers"]] == list(range(12))
-    assert [layer["tokens_in"] for layer in data["layers"]] == [101] * 2 + [60] * 6 + [30] * 4
+    assert [layer["tokens_in"] for layer in data["layers"]] == [164] * 2 + [60] * 6 + [30] * 4
     f = data["flops"]
-    lm_head = 2 * 128 * 460
+    lm_head = 2 * 128 * 502
     assert f["prefill"] == sum(layer["flops"] for layer in data["layers"]) + lm_head
     assert f["total"] == f["vision"] + f["projector"] + f["prefill"] + f["decode"] == 2 * f["total_macs"]
     assert f["ratio"] == f["total"] / f["vanilla_total"] < 1
@@ -55,7 +55,7 @@ def test_methods(run):
     for method in ("none", "fastv", "random"):
         data = json.loads(run("--json", "--method", method)[1])
         kept[method] = [(s["layer"], s["score"], len(s["kept"])) for s in data["stages"]]
-    assert kept == {"none": [], "fastv": [(2, "last_to_image", 41)], "random": [(2, "random", 41)]}
+    assert kept == {"none": [], "fastv": [(2, "last_to_image", 72)], "random": [(2, "random", 72)]}
     first, again, other = (json.loads(run("--json", "--method", "random", "--seed", s)[1]) for s in (1, 1, 2))
     assert first["stages"] == again["stages"] != other["stages"]
 
@@ -78,14 +78,14 @@ def test_own_score(run, tmp_path, monkeypatch):
     assert data["stages"] == [{"layer": 3, "score": "first", "kept": [0, 1, 2, 3, 4]}]
 
 
-@pytest.mark.parametrize("given", [("--prompt", "How many objects are there?"), ("--image", EXAMPLE), ()], ids=len)
+@pytest.mark.parametrize("given", [("--prompt", "How many things are there?"), ("--image", EXAMPLE), ()], ids=len)
 def test_what_is_left_out(run, given):
     """An example's picture or question that stands in for another one than was left out; a word of neither."""
     status, out, err = run(*given)
     assert status == 0 and out.strip() == ("4" if "--prompt" in given else "yellow")
-    said = "How many objects are there?" if "--prompt" in given else "What color is the star?"
+    said = "How many things are there?" if "--prompt" in given else "What color is the star?"
     assert f"question  {said}" in err and "picture   " in err and "example.png" in err and "weights   " in err
-    assert "method    himap: 81 image tokens; from layer 4 on 41, by text_to_image; from layer 8 on 21, by " in err
+    assert "method    himap: 144 image tokens; from layer 4 on 72, by text_to_image; from layer 8 on 36, by " in err
 
 
 def test_text_only(run):
@@ -105,13 +105,13 @@ def test_foreign_picture(run, tmp_path):
 
 def test_chat(run, monkeypatch):
     """A turn that computes the conversation anew or forgets it, a note among the answers, an end without a word."""
-    typed = "What color is the star?\n\n  How many objects are there?\n" + "is " * 600 + "?\nIs there a circle?\n"
+    typed = "What color is the star?\n\n  How many things are there?\n" + "is " * 600 + "?\nIs there a circle?\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     status, out, err = run("--chat")
     assert status == 0 and out.splitlines()[0] == "yellow" and len(out.splitlines()) == 3
     turns = re.findall(r"\[turn (\d+): (\d+) new tokens of (\d+), answer (\d+), cached", err)
     told = [[int(number) for number in turn] for turn in turns]
-    assert [turn for turn, *_ in told] == [1, 2, 3] and told[0][1:3] == [101, 101]
+    assert [turn for turn, *_ in told] == [1, 2, 3] and told[0][1:3] == [164, 164]
     for (_, _, n, answered), (_, new, total, _) in zip(told, told[1:], strict=False):
         assert new == total - (n + answered) + 1 < 20  # the answer's last token, and the question
     assert err.count("note: the prompt has") == 1 and "shorten" in err  # and the conversation went on

@@ -17,7 +17,7 @@ from himap_ref.methods.reducers import ClsAttention
 from himap_ref.methods.scores import all_to_image, image_to_image_mean, image_to_image_relative, last_to_image, random
 
 SPAN, N = (6, 20), 27
-QUESTION = "How many objects are there?"
+QUESTION = "How many things are there?"
 NEAR = {"rtol": 1e-4, "atol": 5e-5}
 
 

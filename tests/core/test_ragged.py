@@ -213,7 +213,7 @@ def test_nothing_to_compute(tiny_decoder, shape):
 # ---------------------------------------------------------------- of a whole model
 
 QUESTIONS = [
-    "What color is the star?", "How many objects are there?", "Is there a red circle?", "What is in the top left?",
+    "What color is the star?", "How many things are there?", "Is there a red circle?", "What is in the top left?",
     "Which shape is at the bottom right of this picture, if there is any at all? Answer with one word.",
 ]  # fmt: skip
 

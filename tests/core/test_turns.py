@@ -17,7 +17,7 @@ from himap_ref.methods.scores import last_to_image
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 SPAN, N = (4, 16), 30
 STAGES = Stage(1, 7, text_to_image), Stage(3, 3, image_to_image)
-FIRST, SECOND, THIRD = "How many objects are there?", "What color is the star?", "And is there a circle?"
+FIRST, SECOND, THIRD = "How many things are there?", "What color is the star?", "And is there a circle?"
 
 
 def run(decoder, x, first, last, cache, **options):

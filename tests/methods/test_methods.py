@@ -174,21 +174,21 @@ def test_reducers_need_patches(tiny_llava):
 @pytest.mark.parametrize("reducer, tokens", [(ClsAttention(20), 20), (AveragePool(4), 16)], ids=str)
 def test_answer_with_reducer(shapes, scene_picture, reducer, tokens):
     """A prompt that keeps places for dropped tokens; a ratio against a vanilla that was reduced too."""
-    answer = shapes.generate(scene_picture, "How many objects are there?", reducer=reducer)
-    plain = shapes.generate(scene_picture, "How many objects are there?")
+    answer = shapes.generate(scene_picture, "How many things are there?", reducer=reducer)
+    plain = shapes.generate(scene_picture, "How many things are there?")
     start, stop = answer.image_span
-    assert stop - start == tokens and len(plain.prompt_ids) - len(answer.prompt_ids) == 81 - tokens
+    assert stop - start == tokens and len(plain.prompt_ids) - len(answer.prompt_ids) == 144 - tokens
     assert answer.flops.vanilla.prefill == plain.flops.prefill and answer.flops.vanilla.vision == plain.flops.vision
     assert (answer.flops.vision, answer.flops.projector) == reducer.flops(shapes.config)
     assert plain.flops.vision == vision_flops(shapes.config) and plain.flops.projector == projector_flops(shapes.config)
     assert answer.flops.prefill < plain.flops.prefill
-    blind = shapes.generate(None, "How many objects are there?", reducer=reducer)
+    blind = shapes.generate(None, "How many things are there?", reducer=reducer)
     assert blind.flops.vision == 0 and blind.image_span is None
 
 
 def test_reducers_in_a_batch(shapes):
     """Item 0's choice of tokens used for every item."""
-    pictures, question = [draw(make_scene(UNSEEN + seed)) for seed in (1, 2)], "How many objects are there?"
+    pictures, question = [draw(make_scene(UNSEEN + seed)) for seed in (1, 2)], "How many things are there?"
     batch = shapes.generate(pictures, [question] * 2, reducer=ClsAttention(9))
     for picture, together in zip(pictures, batch, strict=True):
         alone = shapes.generate(picture, question, reducer=ClsAttention(9))

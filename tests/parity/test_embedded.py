@@ -18,7 +18,7 @@ def test_same_logits():
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     processor = transformers.AutoProcessor.from_pretrained("weights/shapes")
     image = Image.open("weights/shapes/example.png")
-    for question in ("What color is the star?", "Is there a red star?", "How many objects are there?"):
+    for question in ("What color is the star?", "Is there a red star?", "How many things are there?"):
         batch = processor(images=image, text=ours.template.replace("{question}", question), return_tensors="pt")
         assert batch["input_ids"][0].tolist() == ours.encode(question)
         torch.testing.assert_close(batch["pixel_values"], ours.preprocess(image), rtol=0, atol=1e-6)

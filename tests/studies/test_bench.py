@@ -344,7 +344,7 @@ def test_command(run, monkeypatch):
         assert at["decode", name]["by_reading"] > 0 and f"| {name} |" in printed
     assert at["load", "from_pretrained"]["seconds"] > 0 and at["vision", "none"]["of_bare"] > 0
     assert at["prefill", "himap"]["flops_by_paper"] < at["prefill", "none"]["flops_by_paper"] < 1
-    assert data["setting"]["prompt"] == "35 + 81 + 60" and "35 + 81 + 60" in printed
+    assert data["setting"]["prompt"] == "35 + 144 + 60" and "35 + 144 + 60" in printed
     assert len(at["prefill", "himap"]["samples"]) == 1
 
 

@@ -26,11 +26,11 @@ from himap_ref.studies.questions.examples import Example
 from himap_ref.studies.questions.scenes import TEST, make_scene
 
 SCENES = [
-    Example(f"{seed}", "How many objects are there?", (str(len(make_scene(seed).things)),), "count", make_scene(seed))
+    Example(f"{seed}", "How many things are there?", (str(len(make_scene(seed).things)),), "count", make_scene(seed))
     for seed in range(TEST, TEST + 4)
 ]
 COLOR = Example("color", "What color is the circle?", ("?",), "color", SCENES[0].source)
-LONG = Example("long", "How many objects are there beside the red circle?", ("?",), "count", SCENES[1].source)
+LONG = Example("long", "How many things are there beside the red circle?", ("?",), "count", SCENES[1].source)
 
 
 def evaluation(model, examples, batch=1):
@@ -51,7 +51,7 @@ def test_row(shapes, tmp_path):
     for example in SCENES:
         answer, row = shapes.generate(example.picture(), example.question, method.stages, 8), rows[example.id]
         assert (row["answer"], row["label"], row["kind"]) == (answer.text, list(example.answers), "count")
-        assert row["correct"] == (answer.text in example.answers) and row["kept"] == [81, 40, 10]
+        assert row["correct"] == (answer.text in example.answers) and row["kept"] == [144, 40, 10]
         assert row["kept_tokens"] == [stage.kept.tolist() for stage in answer.trace.stages]
         assert row["flops"] == {"total": answer.flops.total, "decoder": answer.flops.decoder}
         assert row["batch_flops"] == answer.flops.decoder
@@ -90,8 +90,8 @@ def test_errors_are_counted(shapes, tmp_path):
     draw(SCENES[0].source).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     asked = {
-        "good": ("good.png", "How many objects are there?"), "missing": ("none.png", "How many objects are there?"),
-        "bad": ("bad.png", "How many objects are there?"), "long": ("good.png", "many objects " * 400),
+        "good": ("good.png", "How many things are there?"), "missing": ("none.png", "How many things are there?"),
+        "bad": ("bad.png", "How many things are there?"), "long": ("good.png", "many things " * 400),
         "empty": ("good.png", " "),
     }  # fmt: skip
     examples = [Example(id, text, ("3",), "", tmp_path / name) for id, (name, text) in asked.items()]
@@ -118,7 +118,7 @@ def test_without_a_picture(shapes, tmp_path):
             shapes.generate(e.source and e.picture(), e.question, method.stages, 8).text for e in examples
         ]  # fmt: skip
         assert rows["text"]["flops"]["total"] == shapes.generate(None, TEXT.question, (), 8).flops.total
-        assert [rows[e.key]["kept"] for e in examples[:3]] == [[81, 41, 21], [], []] and summary["kept"] == [81, 41, 21]
+        assert [rows[e.key]["kept"] for e in examples[:3]] == [[144, 72, 36], [], []] and summary["kept"] == [144, 72, 36]
         parts = [(SCENES, summary["with_picture"]), (examples[1:3], summary["text_only"]), (examples, summary)]
         for asked, part in parts:
             assert (part["asked"], part["labelled"]) == (len(asked), len(asked))
@@ -150,7 +150,7 @@ def entry(id, **more):
     return {"id": id, "image": "a.png", "text": "What color is the star?", "label": "yellow", **more}
 
 
-ENTRIES = [entry(1), entry(1, text="How many objects are there?", label=3), entry(1), entry(2, image=["a.png"] * 2),
+ENTRIES = [entry(1), entry(1, text="How many things are there?", label=3), entry(1), entry(2, image=["a.png"] * 2),
            entry(3, image=None), entry(4, label=None), entry(5, image="none.png")]  # fmt: skip
 
 
@@ -206,10 +206,10 @@ def test_summary(shapes, tmp_path):
     assert summary["flops"] == mean(row["flops"]["total"] for row in rows)
     for name, part in (("ratio", "total"), ("decoder_ratio", "decoder")):
         assert summary[name] == sum(r["flops"][part] for r in rows) / sum(r["vanilla_flops"][part] for r in rows)
-    tokens = [81] * 2 + [41] * 6 + [10] * 4  # the paper's order: a stage takes effect on entry to its layer
+    tokens = [144] * 2 + [72] * 6 + [18] * 4  # the paper's order: a stage takes effect on entry to its layer
     cost = [4 * n * 128**2 + 2 * n * n * 128 + 2 * n * 128 * 256 for n in tokens]
     assert summary["image_only_ratio"] == pytest.approx(sum(cost) / (12 * cost[0]))
-    assert summary["kept"] == [81, 41, 10] and summary["kv_cache_bytes"] == mean(r["kv_cache_bytes"] for r in rows)
+    assert summary["kept"] == [144, 72, 18] and summary["kv_cache_bytes"] == mean(r["kv_cache_bytes"] for r in rows)
     one = evaluation(shapes, SCENES[:1]).run(method, tmp_path / "b.jsonl")
     (row,), seconds = one[1].values(), one[0]["seconds"]
     assert seconds["prefill"] == row["seconds"]["prefill"]
@@ -219,7 +219,7 @@ def test_summary(shapes, tmp_path):
 def test_errors_are_asked_again(shapes, tmp_path):
     """A question lost for good because its picture was not there the first time; its error counted beside it."""
     out, picture = tmp_path / "a.jsonl", tmp_path / "late.png"
-    examples = [*SCENES[:1], Example("late", "How many objects are there?", ("3",), "", picture)]
+    examples = [*SCENES[:1], Example("late", "How many things are there?", ("3",), "", picture)]
     assert evaluation(shapes, examples).run(Method("none"), out)[0]["errors"] == 1
     before = out.read_bytes()
     assert evaluation(shapes, examples).run(Method("none"), out)[0]["errors"] == 1 and out.read_bytes() == before

@@ -264,9 +264,9 @@ def test_resume(flows, tmp_path):
 
 def test_broken_picture(flows, tmp_path):
     """One broken picture that ends the run, or that is left out without a word."""
-    entries = [{"id": name, "image": name, "text": "How many objects are there?", "label": "1"} for name in ("a", "b")]
+    entries = [{"id": name, "image": name, "text": "How many things are there?", "label": "1"} for name in ("a", "b")]
     (tmp_path / "questions.json").write_text(json.dumps(entries))
-    Image.new("RGB", (126, 126), "white").save(tmp_path / "a", "png")
+    Image.new("RGB", (168, 168), "white").save(tmp_path / "a", "png")
     (tmp_path / "b").write_bytes(b"no picture")
     out, _ = flows("--questions", tmp_path / "questions.json", "--image-folder", tmp_path, "--label", "greedy")
     assert "mean of 1 examples" in out and "1 could not be used" in out
