@@ -151,12 +151,12 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor], data: dict = TI
     return folder
 
 
-SMALL_CONFIG: dict[str, Any] = {  # with the embedded model's tokenizer: 460 tokens, 4 of the image, 3 decoder layers
+SMALL_CONFIG: dict[str, Any] = {  # with the embedded model's tokenizer: 502 tokens, 4 of the image, 3 decoder layers
     "model_type": "llava", "image_token_index": 3, "vision_feature_layer": -2, "projector_hidden_act": "gelu",
     "vision_feature_select_strategy": "default",
     "vision_config": {"model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 12, "patch_size": 14,
                       "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "hidden_act": "quick_gelu"},
-    "text_config": {"model_type": "llama", "vocab_size": 460, "hidden_size": 8, "intermediate_size": 12,
+    "text_config": {"model_type": "llama", "vocab_size": 502, "hidden_size": 8, "intermediate_size": 12,
                     "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
                     "max_position_embeddings": 200, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }  # fmt: skip

@@ -42,7 +42,8 @@ def folder(tmp_path_factory):
     """As training writes it, with random weights, and a scene."""
     folder, tokenizer = tmp_path_factory.mktemp("model"), read_tokenizer(EMBEDDED)
     model = Llava(train.shapes_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")))
-    train.export(model.requires_grad_(False), tokenizer, folder)
+    model.tokenizer = tokenizer
+    train.export(model.requires_grad_(False), folder)
     return folder
 
 

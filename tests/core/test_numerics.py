@@ -106,7 +106,7 @@ def test_own_score_in_half_is_ranked(at, dtype):
     halved = Stage(4, 0.5, lambda view: SCORES["text_to_image"](view).to(dtype))
     for got in ask(at(dtype), (halved,)):
         (stage,) = got.trace.stages
-        assert stage.scores.dtype == torch.float32 and len(stage.kept) == 41
+        assert stage.scores.dtype == torch.float32 and len(stage.kept) == 72
 
 
 # ---------------------------------------------------------------- weights that give NaN

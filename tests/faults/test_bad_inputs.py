@@ -39,6 +39,7 @@ from himap_ref.commands.files import check_writable, write_text, write_whole
 from himap_ref.commands.manners import run_command
 from himap_ref.commands.options import revision_of
 from himap_ref.image import ImageProcessor
+from himap_ref.studies.__main__ import studies
 from himap_ref.studies.accuracy import evaluate
 from himap_ref.studies.common.records import Records
 from himap_ref.studies.weights.train import save_state
@@ -461,7 +462,7 @@ def post_processor_of_another(folder):
 def foreign_tokenizer(folder):
     """Whose tokens for "?" and the like lie beyond the weights' vocabulary."""
     data = json.loads((folder / "tokenizer.json").read_bytes())
-    data["model"]["vocab"]["?"] = 460
+    data["model"]["vocab"]["?"] = 502
     write_json(folder / "tokenizer.json", data)
 
 
@@ -510,7 +511,7 @@ WORDS = {  # that stand in braces below
     "or save them dequantised",
     "nan": "score 'text_to_image' at layer 1 gave NaN or infinite values...",
     "logits": "the model's logits are NaN or infinite: damaged weights, or a dtype too narrow for them",
-    "foreign": "the tokenizer gives id 460, the weights know 460: not of one model",
+    "foreign": "the tokenizer gives id 502, the weights know 502: not of one model",
     "no_image": "the tokenizer has no added token 3 (image_token_index): add <image> to it",
 }
 FOLDERS = {  # what is wrong: (damage, line)
@@ -558,7 +559,7 @@ FOLDERS = {  # what is wrong: (damage, line)
     ),
     "transposed": (
         edit_tensors(lambda header, _: header[HEAD]["shape"].reverse()),
-        "{file}: tensor '{head}' has shape [8, 460], config.json asks for [460, 8]",
+        "{file}: tensor '{head}' has shape [8, 502], config.json asks for [502, 8]",
     ),
     "integers": (
         edit_tensors(lambda header, _: header[QUERY].update(dtype="I32")), "{file}: tensor '{query}' holds I32, {kinds}"
@@ -665,7 +666,7 @@ CONFIGS = [  # section, its entry, the value, the line
     ("text_config", "hidden_size", [8] * 99, f"TextConfig.hidden_size [8, 8, 8, 8, 8, 8, ....]: {SIZE}"),
     ("text_config", "hidden_size", 2**62, f"TextConfig.hidden_size {2**62}: {SIZE}"),
     ("text_config", "num_hidden_layers", 10**9, "TextConfig.num_hidden_layers 1000000000: expected int, 1 to 1000"),
-    ("text_config", "vocab_size", 100, f"{{folder}}/model.safetensors: tensor '{HEAD}' has shape [460, 8], config.json "
+    ("text_config", "vocab_size", 100, f"{{folder}}/model.safetensors: tensor '{HEAD}' has shape [502, 8], config.json "
      "asks for [100, 8]"),
     ("text_config", "max_position_embeddings", 0, "TextConfig.max_position_embeddings 0: expected int, 1 to ..."),
     ("text_config", "rms_norm_eps", "1e-5", "TextConfig.rms_norm_eps '1e-5': expected float, 1e-12 to 1e+12"),
@@ -893,7 +894,7 @@ def test_study_arguments(study, monkeypatch, tmp_path, name, args, message):
     (tmp_path / "junk").write_bytes(b"junk")
     (tmp_path / "pickle").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     monkeypatch.chdir(tmp_path)
-    status, out, err = study(importlib.import_module(f"himap_ref.studies.{name}"), *args)
+    status, out, err = study(importlib.import_module(f"himap_ref.studies.{studies()[name].parent.name}.{name}"), *args)
     assert err.endswith("\n") and says(message, err[:-1]), err
     assert (status, out) == (2, "")
     assert {path.name for path in tmp_path.iterdir()} == {"junk", "pickle"}

@@ -216,8 +216,8 @@ def test_no_label(shapes):
     with pytest.raises(HimapError, match="--label greedy"):
         flow.answer_label(shapes, replace(example, answers=(" ",)))
     run, _, _ = flow.prepare(shapes, example, "greedy")
-    with pytest.raises(HimapError, match="label 460 is no token"):
-        next(run.saliency(460))
+    with pytest.raises(HimapError, match="label 502 is no token"):
+        next(run.saliency(502))
 
 
 def test_too_long(shapes):
