@@ -223,7 +223,7 @@ ARGUMENTS = [
     (["--prompt", " ", "--image", "none"], "the prompt is empty: ask something"),
     (["--prompt", "what \ud800?"], UNICODE),
     (["--prompt", "caf\udce9"], UNICODE),  # a byte that is no UTF-8, as Python hands it over
-    (["--prompt", "word " * 300], "the prompt has 1614 tokens, the model's context 200: shorten the prompt"),
+    (["--prompt", "word " * 300], "the prompt has 1313 tokens, the model's context 200: shorten the prompt"),
     (["--template", ""], f"template ''{TEMPLATE}"),
     (["--template", "vicuna"], f"template 'vicuna'{TEMPLATE}"),
     (["--template", "<image>"], f"template '<image>'{TEMPLATE}"),
@@ -872,7 +872,7 @@ STUDIES = [  # study, its arguments, line
     ("bench", ["--new-tokens", 0], "--new-tokens 0: must be at least 1"),
     ("bench", ["--methods", "vwt"], "method 'vwt' is unknown: expected ..., cls:TOKENS, pool:SIDE or stages"),
     ("bench", ["--text-tokens", 390, "--new-tokens", 8, "--rounds", 1],
-     "506 tokens and 8 new ones do not fit the model's context of 512"),
+     "569 tokens and 8 new ones do not fit the model's context of 512"),
     ("bench", ["--shape", "nowhere"], "weights 'nowhere': no such folder, hub id (owner/name) or short name (...)"),
     ("evaluate", ["--limit", 0], "--limit 0: must be at least 1"),
     ("evaluate", ["--out", "/dev/full/x.jsonl"], "/dev/full/x.jsonl: cannot be written (...)"),

@@ -68,7 +68,7 @@ def test_scenes_ask_what_the_published_table_asked():
             first.setdefault(question.kind, (seed, question.kind, question.text, (question.answer,), scene))
         expected += [first[kind] for kind in KINDS if kind in first]
     assert [(int(e.id.split("-")[0]), e.kind, e.question, e.answers, e.source) for e in examples] == expected
-    assert examples[0].id == f"{TEST}-color" and examples[0].question == "What color is the star?"
+    assert examples[0].id == f"{TEST}-color" and examples[0].question == "What color is the thing at the middle center?"
     assert len({e.id for e in examples}) == len(examples)
     assert examples[0].picture().tobytes() == draw(examples[0].source).tobytes()
 
