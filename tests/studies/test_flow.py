@@ -281,7 +281,7 @@ def test_show(flows, shapes, tmp_path):
     """A sheet that lacks panels."""
     flows("--limit", 1, "--show", tmp_path / "new" / "tokens.png")
     with Image.open(tmp_path / "new" / "tokens.png") as sheet:  # the picture; 12 layers in 2 rows, twice
-        assert sheet.size == (8 * (171 + 12) + 12, 5 * (171 + 24 + 6) + 12)  # panels of 9 x 19 pixels
+        assert sheet.size == (8 * (168 + 12) + 12, 5 * (168 + 24 + 6) + 12)  # panels of 12 x 14 pixels
 
 
 # ---------------------------------------------------------------- plots
