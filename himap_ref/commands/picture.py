@@ -16,7 +16,7 @@ from ..errors import HimapError
 from ..methods.reducers import ImageReducer
 from .report import amount
 
-PANEL, GAP = 432, 12  # pixels: a panel's side, about (48 to each of 9 x 9 patches, 18 of 24 x 24); between panels
+PANEL, GAP = 432, 12  # pixels: a panel's side, about (36 to each of 12 x 12 patches, 18 of 24 x 24); between panels
 INK, DIM, EDGE = "#1b1b1f", "#63636e", "#00c8ff"
 INFERNO = ("#000004", "#420a68", "#932667", "#dd513a", "#fca50a", "#fcffa4")  # matplotlib's, in steps of a fifth
 FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc")

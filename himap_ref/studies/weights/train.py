@@ -5,13 +5,14 @@
 Two phases, as for LLaVA itself, both at full depth and with nothing frozen but the word vectors in the first:
 
 1. *align*: encoder and projector learn to put each patch of a thing near the decoder's own vectors of the words for its
-   colour, shape, row and column;
+   colour, shape, row and column, and each digit's patch near that digit's;
 2. *answer*: everything learns to answer questions; scenes of few things first.
 
 One sequence holds a picture and several questions about it. A question sees the picture and itself, not the others, and
 its positions start right after the picture: each is trained exactly as it will be asked, and the picture is paid once.
 
-Seeded; resumes from the last 250th step (the state is in `--state`); same code as inference for every module.
+Seeded; resumes from the last 250th step (the state is in `--state`). Every module is inference's own; only the order in
+which a layer's parts are called is written again here, for the packed questions (`layer_forward`).
 """
 
 from __future__ import annotations
@@ -72,15 +73,17 @@ SYSTEM = TEMPLATE.split("<image>")[0]
 SCHEDULE = "4:0.75:text_to_image,8:0.25:text_to_image"  # himap.json: what suits this model best so far
 EXAMPLE_SEED = UNSEEN + 3861
 BLOCKS, BLOCK = 4, 58  # of questions and answers per picture; tokens in a block, the longest question is shorter
-BATCH = 16
+BATCH = 16  # pictures a step
 MEAN, STD = 0.5, 0.5
 THINGS = ((0, 1, 2), (250, 1, 3), (500, 1, 5), (1000, 1, 9), (3250, 3, 9), (4250, 1, 9))  # from this step on in a scene
 SLOW_WEIGHT = 3  # of questions that are learned last
 SAVE_EVERY, CHECKED = 250, 256  # steps; unseen scenes on which it is then checked
 ALIGN_WEIGHT = 0.1  # of the first phase's loss in the second
 QUESTIONS = 26  # made for a scene, of which about 16 fit
-ASKED = ((0, (*KINDS, "count", "count", "choice", "relation", "relation")),  # from this step on; those that come last
-         (3500, (*KINDS, *6 * ("count",), "relation", "whole", "whole")))  # are asked more often  # fmt: skip
+ASKED = (  # from this step on; what is learned last is asked more often
+    (0, (*KINDS, "count", "count", "choice", "relation", "relation")),
+    (3500, (*KINDS, *6 * ("count",), "relation", "whole", "whole")),
+)
 
 
 # ---------------------------------------------------------------- tokenizer and shape of the model
