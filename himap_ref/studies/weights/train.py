@@ -534,7 +534,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path("runs/train.pt"), help="saved every 250 steps, resumed from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--align-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=True, help="matrix products, not weights"
