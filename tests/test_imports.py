@@ -3,9 +3,13 @@ among the studies questions <- weights, common <- accuracy <- paper, speed."""
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from himap_ref.errors import HimapError
+from himap_ref.studies.__main__ import main, studies
 
 ROOT = Path(__file__).parents[1]
 CORE = {"", "checkpoint", "methods", "kernels", "assistant", "commands"}
@@ -55,3 +59,21 @@ def test_every_room_is_installed():
     listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
     rooms = {".".join(("himap_ref", *file.parent.parts)) for file in FILES}
     assert {*re.findall(r'"(\S+?)"', listed)} == rooms | {"himap_ref.weights.shapes"}
+
+
+def test_studies_by_name(monkeypatch, capsys):
+    """A study that README names and nobody finds; a name of none that ends in a trace; options that do not arrive."""
+    table = re.search(r"\| `python -m himap_ref.studies`.*?\n\n", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)[1:]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    assert named == {*studies()}
+    for arguments in ([], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["studies", *arguments])
+        main()
+        assert {*re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)} == named
+    monkeypatch.setattr(sys, "argv", ["studies", "sweeep"])
+    with pytest.raises(HimapError, match="study 'sweeep' is unknown: expected .*sweep"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["studies", "literature", "--image", "0"])
+    with pytest.raises(HimapError, match="--image"):
+        main()

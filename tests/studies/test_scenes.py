@@ -170,6 +170,8 @@ def test_no_form_of_question_gives_its_answer_away():
         slack = 1.5 * answers.total() ** -0.5  # three standard errors
         assert most < {"yesno": 0.5, "whole": 0.5, "count": 0.4}.get(kind, 0.25) + slack, (form, answers)
     assert {kind for kind, _ in by_form} == set(KINDS)
+    counts = Counter(by_kind["count"].answer for by_kind in firsts)
+    assert counts["0"] + counts["1"] < 0.3 * counts.total()
     assert {q.answer for _, q in ASKED if q.kind == "count"} == set("0123456789")
     assert {q.answer for _, q in ASKED if q.text.endswith("background?")} == set(BACKGROUNDS)
 
