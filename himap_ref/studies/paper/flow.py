@@ -68,7 +68,11 @@ PANEL, PER_ROW = 168, 8  # of `draw_tokens`: pixels a side, panels beside each o
 
 
 def run_layer(layer: DecoderLayer, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(1, n, d) -> the layer's output and its attention A (1, h, n, n) in fp32, which the output is computed from."""
+    """(1, n, d) -> the layer's output and its attention A (1, h, n, n) in fp32, which the output is computed from.
+
+    Beside `DecoderLayer.forward`, because its fused attention has no A that a gradient could be taken of; tests hold
+    both together.
+    """
     positions = torch.arange(x.shape[1], device=x.device)[None]
     q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), *cos_sin)
     A = attention_map(q, k, causal_mask(positions, positions))
