@@ -78,8 +78,8 @@ def test_report(tab, tmp_path, shapes, scene_picture, name):
     tab.locator("rect").nth(7).hover()
     assert tab.locator("#told").text_content().startswith("row 1, column 8" if name != "pool:6" else "row 2, column 2")
     if name == "himap":
-        tab.get_by_label("scores on entry to layer 4").check()
-        assert tab.locator("rect.ranked").count() == 144 and tab.locator("rect.ranked.kept").count() == 108
+        tab.get_by_label("scores on entry to layer 1").check()
+        assert tab.locator("rect.ranked").count() == 144 and tab.locator("rect.ranked.kept").count() == 72
         score = answer.trace.stages[0].scores[7].item()
         assert f"text_to_image {score:.2}" in tab.locator("#told").text_content()
 
@@ -130,10 +130,10 @@ def test_demo(tab, demo, tmp_path):
     k1.blur()
     api.expect(report.locator("tr.stage + tr td:first-child").first).to_have_text("2", timeout=30_000)
     report.locator("#layer").fill("2")
-    assert kept(report) != before and len(kept(report)) == 108
-    k1.fill("9")
+    assert kept(report) != before and len(kept(report)) == 72
+    k1.fill("11")
     k1.blur()
-    api.expect(tab.locator(".toast-body")).to_contain_text("stage layers [9, 8] must ascend", timeout=30_000)
+    api.expect(tab.locator(".toast-body")).to_contain_text("stage layers [11, 11] must ascend", timeout=30_000)
     k1.fill("4")
     k1.blur()
     tab.get_by_label("criterion 1").click()

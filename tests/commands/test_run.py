@@ -85,7 +85,7 @@ def test_what_is_left_out(run, given):
     assert status == 0 and out.strip() == ("707" if "--prompt" in given else "yellow")
     said = "What number is written?" if "--prompt" in given else "What color is the star?"
     assert f"question  {said}" in err and "picture   " in err and "example.png" in err and "weights   " in err
-    assert "method    himap: 144 image tokens; from layer 4 on 108, by text_to_image; from layer 8 on 27, by " in err
+    assert "method    himap: 144 image tokens; from layer 1 on 72, by text_to_image; from layer 11 on 18, by " in err
 
 
 def test_text_only(run):

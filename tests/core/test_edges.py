@@ -158,7 +158,7 @@ def test_himap_is_what_the_weights_recommend(shapes, scene_picture):
     out = shapes(torch.tensor([answer.prompt_ids]), shapes.preprocess(scene_picture), "himap")
     for got in (answer, out):
         assert [(stage.layer, stage.score) for stage in got.trace.stages] == [
-            (4, "text_to_image"), (8, "text_to_image")
+            (1, "text_to_image"), (11, "image_to_image")
         ]  # fmt: skip
 
 

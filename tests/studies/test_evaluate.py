@@ -118,7 +118,7 @@ def test_without_a_picture(shapes, tmp_path):
             shapes.generate(e.source and e.picture(), e.question, method.stages, 8).text for e in examples
         ]  # fmt: skip
         assert rows["text"]["flops"]["total"] == shapes.generate(None, TEXT.question, (), 8).flops.total
-        kept = [144, 108, 27]
+        kept = [144, 72, 18]
         assert [rows[e.key]["kept"] for e in examples[:3]] == [kept, [], []] and summary["kept"] == kept
         parts = [(SCENES, summary["with_picture"]), (examples[1:3], summary["text_only"]), (examples, summary)]
         for asked, part in parts:
