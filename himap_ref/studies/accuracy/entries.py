@@ -116,8 +116,8 @@ def planned_flops(model: Llava, method: Method, before: int, after: int) -> int:
 
 
 def equal_flops(model: Llava, examples: list[Example], budgets: list[float] | None) -> list[Entry]:
-    """For each budget (a share of vanilla) each family's schedule that comes nearest to it, if near enough; in every
-    family a larger number costs more.
+    """For each budget (a share of vanilla) each family's schedule that comes nearest to it, if near enough, and the
+    largest smaller picture that costs no more; in every family a larger number costs more.
 
     Default budgets: the paper's schedule's share, and 0.85, 1.15 and 1.25 times it.
     """
@@ -144,7 +144,9 @@ def equal_flops(model: Llava, examples: list[Example], budgets: list[float] | No
             above = bisect_left(texts, budget, key=share_of)
             near = [texts[i] for i in (above - 1, above) if 0 <= i < len(texts)]
             nearest = min(near, key=lambda text: abs(share_of(text) - budget))
-            if abs(share_of(nearest) - budget) < NEAR:
+            if label == SMALLER and above:  # few sizes: the largest that costs no more
+                entries.append(Entry(f"equal FLOPs, {budget:.1%}", label, (texts[above - 1],)))
+            elif label != SMALLER and abs(share_of(nearest) - budget) < NEAR:
                 entries.append(Entry(f"equal FLOPs, {budget:.1%}", label, seeded(nearest)))
     return entries
 

@@ -10,7 +10,7 @@ oracle on the paper's layers, minutes on two cores, and a line that says what so
 over chance   questions' mean score minus that of chance on HiMAP's layers at the same FLOPs, 95 % bootstrap interval
 recall        of the target patches (those that show what must be seen), the share that the last stage left; behind it
               that of a choice by chance
-hard          accuracy on the questions that a smaller picture at the same FLOPs fails
+hard          accuracy on the questions that a smaller picture fails: the largest that costs no more than the budget
 no picture    the same questions asked as text: what the words alone give away
 lost, won     questions that score lower, higher than without pruning; p: the exact sign test, by Holm's rule for as
               many tests as the table has
@@ -223,7 +223,7 @@ def draw(lines: list[dict], path: Path) -> None:
     with figure(path, len(panels), (max(10, 7 * across), 5 * -(-len(panels) // across)), across) as axes:
         for axis, (show, title, shown, what) in zip(axes, panels, strict=True):
             show(axis, shown, levels, what)
-            axis.set_title(f"{title} (n = {lines[0]['n']}, 95 % intervals)" if what != "recall" else title)
+            axis.set_title(f"{title} (n = {lines[0]['n']}, 95 %)" if what != "recall" else title, loc="left", fontsize=10)
 
 
 def draw_curves(axis: Any, curves: dict[str, list[dict]], levels: dict[str, float], what: str) -> None:

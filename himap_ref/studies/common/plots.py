@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,17 @@ def figure(path: Path, panels: int, size: tuple[float, float], across: int = 0) 
     write_whole(path, partial(sheet.savefig, dpi=150))
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
+def spread(heights: Sequence[float], gap: float, top: float = inf) -> list[float]:
     """The heights, in their order, moved apart until neighbours are `gap` apart: pairs that are too close push each
-    other away, each half of the way."""
+    other away, each half of the way; then all that stand above `top` or crowd below it come down."""
     moved, order = list(heights), sorted(range(len(heights)), key=heights.__getitem__)
     for _ in range(500):
         for below, above in pairwise(order):
             push = max(0.0, gap - (moved[above] - moved[below])) / 2
             moved[below], moved[above] = moved[below] - push, moved[above] + push
+    for i in reversed(order):
+        moved[i] = min(moved[i], top)
+        top = moved[i] - gap
     return moved
 
 
@@ -67,7 +71,7 @@ def label_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
     ends: (x, y, name, colour); the panel's limits must be final.
     """
     low, high = axis.get_ylim()
-    heights = spread([y for _, y, _, _ in ends], 0.055 * (high - low))
+    heights = spread([y for _, y, _, _ in ends], 0.055 * (high - low), top=high)
     for (x, y, name, color), height in zip(ends, heights, strict=True):
         axis.annotate(name, (x, y), (1.03, height), textcoords=axis.get_yaxis_transform(), va="center", fontsize=8,
                       color=color, arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5})  # fmt: skip
