@@ -108,8 +108,9 @@ def test_two_users(demo):
     client = pytest.importorskip("gradio_client")
     picture, asked = client.handle_file(str(EMBEDDED / "example.png")), [("What color is the star?", 2), ("Why?", 5)]
     jobs = [
-        user.submit(picture, question, "the stages below", 4, "", k1, 0.5, "text_to_image", 8, 0.5, "no stage",
-                    api_name="/ask")  # fmt: skip
+        user.submit(
+            picture, question, "the stages below", 4, "", k1, 0.5, "text_to_image", 8, 0.5, "no stage", api_name="/ask"
+        )  # fmt: skip
         for _ in range(2)
         for user, (question, k1) in zip([client.Client(demo, verbose=False) for _ in asked], asked, strict=True)
     ]

@@ -18,17 +18,7 @@ from himap_ref.methods.reducers import ClsAttention
 from himap_ref.studies.accuracy.literature import three_matrix_layer
 from himap_ref.studies.accuracy.precision import threads
 from himap_ref.studies.speed import bench, timing
-from himap_ref.studies.speed.bench import (
-    Setting,
-    compared,
-    figures,
-    our_answer,
-    our_vision,
-    paper_order,
-    readers,
-    tables,
-    told_cores,
-)
+from himap_ref.studies.speed.bench import Setting, compared, figures, our_answer, told_cores
 from himap_ref.studies.speed.timing import Contestant, Sample, Stopwatch, cores_had, replay, take_turns, typical
 from himap_ref.studies.weights.random_weights import random_model, write
 
@@ -82,10 +72,9 @@ def test_answer(setting, name):
 @pytest.mark.parametrize("name", ["none", "cls:5", "pool:2"])
 def test_vision(setting, name):
     """The encoder's time set beside the FLOPs of another way to make image tokens."""
-    contestant = our_vision(setting, name)
-    assert contestant.flops == {"vision": counted(contestant.play, ignore)[0]} == {
-        "vision": counted(contestant.bare.play, ignore)[0]
-    }  # fmt: skip
+    contestant = bench.our_vision(setting, name)
+    (flops, _), (bare, _) = (counted(each.play, ignore) for each in (contestant, contestant.bare))
+    assert contestant.flops == {"vision": flops} and bare == flops
 
 
 @torch.no_grad()
@@ -117,18 +106,17 @@ def test_paper_order(prefix):
     plan = plan_prefill(config, (35, 611), 671, HIMAP, cached=prefix)
     layers = [671] * 2 + [383] * 6 + [167] * 24
     whole = sum(2 * three_matrix_layer(n, 4096, 11008) for n in layers) + 2 * 4096 * 32064
-    assert pass_flops(config, paper_order(plan)) == whole > pass_flops(config, plan)
+    assert pass_flops(config, bench.paper_order(plan)) == whole > pass_flops(config, plan)
 
 
 def test_readers(setting):
     """A floor for decoding that leaves out weights, or reads the embeddings, of which a token needs one row."""
     decoder = setting.model.language_model
-    needed = {name for name, weight in decoder.named_parameters() if weight.ndim == 2} - {"embed_tokens.weight"}
-    for reader in readers(setting):
+    matrices = {name: weight.data_ptr() for name, weight in decoder.named_parameters() if weight.ndim == 2}
+    del matrices["embed_tokens.weight"]
+    for reader in bench.readers(setting):
         weights = reader.play.func.__closure__[0].cell_contents
-        assert {weight.data_ptr() for weight in weights} == {
-            weight.data_ptr() for name, weight in decoder.named_parameters() if name in needed
-        }  # fmt: skip
+        assert {weight.data_ptr() for weight in weights} == {*matrices.values()}
         reader.play(ignore)
 
 
@@ -176,21 +164,18 @@ def test_turns(monkeypatch):
 @torch.no_grad()
 def test_the_parts_of_an_answer(setting):
     """Decode time in the prefill's figure: the first token is where one ends and the other begins."""
-    marks, contestant = [], our_answer(setting, TWO)
-    contestant.play(marks.append)
-    assert marks == ["prefill", "decode", "decode"]
-    watch = Stopwatch(CPU)
-    setting.new = 1
-    our_answer(setting, TWO).play(watch)
-    assert set(watch.parts) == {"prefill"}
+    marks, watch = [], Stopwatch(CPU)
+    our_answer(setting, TWO).play(marks.append)
+    our_answer(replace(setting, new=1), TWO).play(watch)
+    assert marks == ["prefill", "decode", "decode"] and set(watch.parts) == {"prefill"}
 
 
 def test_ratios():
     """A ratio upside down, of other parts, or of the whole answer where a token's is meant."""
 
     def contestant(name, prefill, decode, flops, bare=None):
-        samples = {"prefill": [Sample(prefill)] * 3, "decode": [Sample(decode)] * 3}
-        samples["answer"] = [Sample(prefill + decode)] * 3
+        walls = {"prefill": prefill, "decode": decode, "answer": prefill + decode}
+        samples = {part: [Sample(wall)] * 3 for part, wall in walls.items()}
         flops = {"prefill": flops, "decode": 20, "answer": flops + 20}
         return Contestant(name, None, None, flops, times={"decode": 10}, bare=bare, samples=samples)
 
@@ -216,8 +201,8 @@ def test_ratios():
 # ---------------------------------------------------------------- random weights
 
 
-def small(tiny_llava, **changes):
-    return tiny_llava(text={"vocab_size": 300, "num_key_value_heads": 2}, **changes).config
+def small(tiny_llava, **text):
+    return tiny_llava(text={"vocab_size": 300, "num_key_value_heads": 2, **text}).config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -235,15 +220,14 @@ def test_random_weights(tiny_llava, dtype):
 
 @pytest.fixture
 def written(tiny_llava, tmp_path):
-    """A folder of four shards or more, and the configuration it was written for."""
-    config = small(tiny_llava, vision_feature_layer=-2)
-    write(config, torch.float32, tmp_path / "model", shard=40_000)
-    return tmp_path / "model", config
+    """A folder of four shards or more."""
+    write(small(tiny_llava), torch.float32, tmp_path / "model", shard=40_000)
+    return tmp_path / "model"
 
 
-def test_written_folder(written):
+def test_written_folder(written, tiny_llava):
     """A checkpoint with other names, sizes or settings than llava-hf's: its loading would measure something else."""
-    folder, config = written
+    folder, config = written, small(tiny_llava)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) >= 4 and set(index["weight_map"].values()) == set(files)
@@ -266,8 +250,7 @@ def test_written_folder(written):
 
 def test_written_folder_answers(written, scene_picture):
     """A folder that run.py cannot ask: no tokenizer for its ids, another picture size, weights that give NaN."""
-    folder, config = written
-    model = Llava.from_pretrained(folder)
+    model = Llava.from_pretrained(written)
     answer = model.generate(scene_picture, "Is it <image> or é?", max_new_tokens=3)
     start, stop = answer.image_span
     assert answer.prompt_ids[start:stop] == [96] * 16 and answer.prompt_ids[0] == 1 and start > 35
@@ -279,10 +262,9 @@ def test_written_folder_answers(written, scene_picture):
 def test_written_folder_in_transformers(written):
     """A random checkpoint that means one model here and another in transformers, so that no comparison is one."""
     transformers = pytest.importorskip("transformers")
-    folder, config = written
-    theirs, info = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    theirs, info = transformers.LlavaForConditionalGeneration.from_pretrained(written, output_loading_info=True)
     assert not any(info.values())
-    ours, pixels = Llava.from_pretrained(folder), torch.randn(1, 3, 20, 20)
+    ours, pixels = Llava.from_pretrained(written), torch.randn(1, 3, 20, 20)
     ids = torch.tensor([[1, *range(3, 9), *[96] * 16, *range(100, 120)]])
     expected = theirs(input_ids=ids, pixel_values=pixels).logits[:, -1]
     torch.testing.assert_close(ours(ids, pixels).logits, expected, rtol=0, atol=1e-4)
@@ -293,27 +275,22 @@ def test_written_folder_in_transformers(written):
 def test_peer(tiny_llava, tied):
     """transformers on other weights, in doubled memory, with other buffers, or counted with FLOPs it does not do."""
     pytest.importorskip("transformers")
-    model = random_model(replace(small(tiny_llava), text_config=replace(
-        small(tiny_llava).text_config, tie_word_embeddings=tied, rope_theta=500.0)), torch.float32)  # fmt: skip
+    model = random_model(small(tiny_llava, tie_word_embeddings=tied, rope_theta=500.0), torch.float32)
     setting = Setting(model, torch.randn(2, 3, 20, 20), text=7, new=3)
     peer = bench.transformers_peer(model)
     assert peer.config._attn_implementation == peer.config.text_config._attn_implementation == "sdpa"
     own = {weight.data_ptr() for weight in model.parameters()}
     spare = [name for name, weight in peer.named_parameters() if weight.data_ptr() not in own]
-    assert all("layers.3." in name or "post_layernorm" in name for name in spare) and not any(
-        weight.is_meta for weight in peer.state_dict().values()
-    )
+    assert all("layers.3." in name or "post_layernorm" in name for name in spare)
+    assert not any(weight.is_meta for weight in peer.state_dict().values())
     x, span = setting.prompt()
     features = torch.stack(tuple(peer.get_image_features(pixel_values=setting.pixels).pooler_output))
     torch.testing.assert_close(features, x[:, slice(*span)], rtol=0, atol=1e-4)
-    torch.testing.assert_close(
-        peer(inputs_embeds=x, logits_to_keep=1).logits[:, -1], model.language_model(x).logits, rtol=0, atol=1e-4
-    )
-    vision, answer = bench.transformers_contestants(setting)
-    assert counted(vision.play, ignore)[0] == vision.flops["vision"]
-    assert counted(answer.play, ignore)[0] == answer.flops["answer"]
-    marks = []
-    vision.play(marks.append), answer.play(marks.append)
+    logits = peer(inputs_embeds=x, logits_to_keep=1).logits[:, -1]
+    torch.testing.assert_close(logits, model.language_model(x).logits, rtol=0, atol=1e-4)
+    marks, contestants = [], bench.transformers_contestants(setting)
+    for part, contestant in zip(("vision", "answer"), contestants, strict=True):
+        assert counted(contestant.play, marks.append)[0] == contestant.flops[part]
     assert marks == ["vision", "prefill", "decode", "decode"]
 
 
@@ -321,14 +298,14 @@ def test_peer(tiny_llava, tied):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(command, monkeypatch, tmp_path):
     """Arguments -> (printed text, what --json wrote)."""
+    monkeypatch.setattr(bench, "cores_had", lambda: 2.0)  # which takes half a second
+    path = tmp_path / "figures.json"
 
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["bench", *map(str, args), "--json", str(tmp_path / "figures.json")])
-        bench.main()
-        path = tmp_path / "figures.json"
-        return capsys.readouterr().out, json.loads(path.read_text()) if path.exists() else None
+        _, printed, _ = command(bench.main, "bench", *args, "--json", path)
+        return printed, json.loads(path.read_text()) if path.exists() else None
 
     return call
 
@@ -336,7 +313,7 @@ def run(monkeypatch, capsys, tmp_path):
 def test_command(run, monkeypatch):
     """The command as it stands in the docstring fails, or leaves a figure out."""
     monkeypatch.setattr(timing, "CALM", 0)  # whatever else runs meanwhile
-    printed, data = run("--rounds", 1, "--new-tokens", 2, "--batch", 2)
+    printed, data = run("--rounds", 1, "--new-tokens", 2)
     at = {(row["part"], row["method"]): row for row in data["rows"]}
     for name in bench.METHODS:
         row = at["prefill", name]
@@ -353,20 +330,21 @@ def test_write_and_measure(run, tiny_llava, monkeypatch, tmp_path):
     monkeypatch.setitem(bench.SHAPES, "7b", small(tiny_llava))
     folder = tmp_path / "written"
     run("--shape", "7b", "--write", folder, "--layers", 2)
-    _, data = run("--shape", folder, "--methods", "none", "1:4:text_to_image", "--rounds", 1)
+    usual = "--rounds", 1, "--methods"
+    _, data = run("--shape", folder, "--batch", 2, "--new-tokens", 2, *usual, "none", "1:4:text_to_image")
     assert {row["part"] for row in data["rows"]} == {"load", "vision", "prefill", "decode", "answer", "reading"}
     assert (data["setting"]["layers"], data["setting"]["dtype"]) == (2, "bfloat16")
     [flops] = [row["flops"] for row in data["rows"] if (row["part"], row["method"]) == ("prefill", "none")]
     text, n = replace(small(tiny_llava).text_config, num_hidden_layers=2), 35 + 16 + 60
-    assert flops == pass_flops(text, [LayerTrace(n, 0, n, n), LayerTrace(n, 0, 1, n)])
-    _, data = run("--shape", "7b", "--methods", "cls:4", "cls:4+prefix", "--rounds", 1, "--new-tokens", 1)
+    assert flops == 2 * pass_flops(text, [LayerTrace(n, 0, n, n), LayerTrace(n, 0, 1, n)])
+    _, data = run("--shape", "7b", "--new-tokens", 1, *usual, "cls:4", "cls:4+prefix")
     assert {(row["part"], row["method"]) for row in data["rows"]} == {
         ("vision", "none"), ("vision", "cls:4"), ("prefill", "cls:4"), ("prefill", "cls:4+prefix"),
         ("reading", "sum of the bits as int64"), ("reading", "product with one row"),
     }  # fmt: skip
 
 
-def test_start(run, monkeypatch, tmp_path):
+def test_start(monkeypatch, tmp_path):
     """The first token's time taken at the end; a process that failed, timed as if it had answered."""
     script, seen = tmp_path / "answer.py", tmp_path / "seen"
     script.write_text(
@@ -384,10 +362,9 @@ def test_start(run, monkeypatch, tmp_path):
 
 def test_start_command(run, monkeypatch):
     """Ratios to something else than the whole of `import torch`."""
-    parts = {"import torch": ["rest"], "run.py": ["first token", "rest"]}
     contestants = bench.starting()
-    for contestant in contestants:
-        contestant.play = lambda mark, own=tuple(parts[contestant.name]): [mark(part) for part in own]
+    for contestant, parts in zip(contestants, (["rest"], ["first token", "rest"]), strict=True):
+        contestant.play = lambda mark, own=parts: [mark(part) for part in own]
     monkeypatch.setattr(bench, "starting", lambda: contestants)
     printed, data = run("--start", "--rounds", 2)
     rest, first, end = (row["seconds"] for row in data["rows"])
@@ -395,13 +372,12 @@ def test_start_command(run, monkeypatch):
     assert [row.get("by_import") for row in data["rows"]] == [None, first / rest, end / rest]
 
 
-def test_unwritable_json(monkeypatch, tmp_path):
+def test_unwritable_json(run, monkeypatch, tmp_path):
     """All figures lost because the last step failed, which could have been known before the first."""
     monkeypatch.setattr(bench, "starting", lambda: pytest.fail("measured"))
-    (tmp_path / "x.json").mkdir()
-    monkeypatch.setattr(sys, "argv", ["bench", "--start", "--json", str(tmp_path / "x.json")])
+    (tmp_path / "figures.json").mkdir()
     with pytest.raises(HimapError, match="cannot be written"):
-        bench.main()
+        run("--start")
 
 
 def test_peers_without_transformers(setting, monkeypatch):
@@ -414,8 +390,7 @@ def test_peers_without_transformers(setting, monkeypatch):
 def test_cores_that_the_threads_lack(capsys):
     """Hours of figures from one of two cores, told like any others."""
     assert told_cores(2, 1.99) == {"cores had": "1.99 of 2"} and capsys.readouterr().err == ""
-    (told,) = told_cores(2, 1.0).items()
-    assert told == ("NOT THIS MACHINE'S SPEED", "2 threads had 1.00 cores")
+    assert told_cores(2, 1.0) == {"NOT THIS MACHINE'S SPEED": "2 threads had 1.00 cores"}
     assert "warning: 2 threads get 1.00 cores" in capsys.readouterr().err
 
 
@@ -430,5 +405,5 @@ def test_tables_of_disturbed_samples():
     row = {"method": "none", "seconds": 1.0, "spread": 0.1, "samples": [(1, 2)] * 3}
     calm, mixed = ({**row, "part": part, "disturbed": n} for part, n in (("prefill", 0), ("vision", 2)))
     every = {**row, "part": "decode", "disturbed": 3}
-    assert "no table" not in tables([calm, mixed]) and "no table: in no sample" in tables([every])
-    assert tables([calm, mixed, every]).count("| none |") == 2
+    assert "no table" not in bench.tables([calm, mixed]) and "no table: in no sample" in bench.tables([every])
+    assert bench.tables([calm, mixed, every]).count("| none |") == 2

@@ -14,8 +14,8 @@ def example(question, answer, kind="color"):
 
 
 def choice(question, answer, *options):
-    return example("\n".join([question, *(f"{a}. {b}" for a, b in zip("ABCD", options, strict=True)), HINT]), answer,
-                   "choice")  # fmt: skip
+    lines = [question, *(f"{letter}. {text}" for letter, text in zip("ABCD", options, strict=True)), HINT]
+    return example("\n".join(lines), answer, "choice")
 
 
 def test_best_guess_by_hand():
@@ -46,7 +46,7 @@ def test_best_guess_by_hand():
 def test_as_many_answers_as_there_are():
     """A chance level of a kind that has other answers."""
     seen = {}
-    for each in scene_examples(700, first=0):
+    for each in scene_examples(400, first=0):
         about = each.question.split()[0] if each.kind == "whole" else ""  # which pattern, or which of two colours
         seen.setdefault((each.kind, num_answers(each), about), set()).add(each.answers[0])
     assert {kind: n for kind, n, _ in seen}.keys() == {*blind.KINDS}
@@ -54,11 +54,11 @@ def test_as_many_answers_as_there_are():
         assert kind == "reading" or about == "Are" or len(answers) == n, kind
 
 
-def test_the_model_is_asked_without_the_picture(command, tmp_path):
+def test_the_model_is_asked_without_the_picture(study, tmp_path):
     """The picture beside the question after all; a run that starts anew."""
-    usual = "blind", "--scenes", 2, "--others", 3, "--batch", 7, "--out", tmp_path / "a.jsonl"
-    status, out, _ = command(blind.main, *usual)
-    rows = (tmp_path / "a.jsonl").read_text().splitlines()[1:]
-    assert status == 0 and f"| all | {len(scene_examples(2))} |" in out and len(rows) == len(scene_examples(2))
-    assert all('"kept": []' in row for row in rows)
-    assert command(blind.main, *usual)[1] == out and (tmp_path / "a.jsonl").read_text().splitlines()[1:] == rows
+    file, count = tmp_path / "a.jsonl", len(scene_examples(2))
+    usual = "--scenes", 2, "--others", 3, "--batch", 7, "--out", file
+    status, out, _ = study(blind, *usual)
+    whole = file.read_text()
+    assert status == 0 and f"| all | {count} |" in out and whole.count('"kept": []') == whole.count("\n") - 1 == count
+    assert study(blind, *usual)[1] == out and file.read_text() == whole

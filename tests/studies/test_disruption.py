@@ -89,13 +89,11 @@ def test_new_tokens(decoder, x, kind, reading):
 
 def test_generate(decoder, x):
     """Without a block another answer than the core's; a block that is in place for the next answer, too."""
-    want = generation.generate(decoder, x, SPAN, max_new_tokens=6)
-    block = Block("img2txt", "from", 1)
-    disrupted = disrupt(decoder, x, SPAN, block, SEEDS, 6)
-    out = disrupt(decoder, x, SPAN, None, SEEDS, 6)
-    assert out.token_ids == want.token_ids and out.first_logits.equal(want.first_logits)
-    assert disrupted.token_ids == disrupt(decoder, x, SPAN, block, SEEDS, 6).token_ids != want.token_ids
+    want, block = generation.generate(decoder, x, SPAN, max_new_tokens=6), Block("img2txt", "from", 1)
     first = want.token_ids[0][0]
+    disrupted, out, again = (disrupt(decoder, x, SPAN, which, SEEDS, 6) for which in (block, None, block))
+    assert out.token_ids == want.token_ids and out.first_logits.equal(want.first_logits)
+    assert disrupted.token_ids == again.token_ids != want.token_ids
     assert disrupt(decoder, x, SPAN, None, SEEDS, 6, (first,)).token_ids[0] == [first]
 
 
@@ -136,17 +134,13 @@ def test_refused(decoder, x):
 def test_figures():
     """Label consistency by equality or by blank labels, a Jaccard index over 5, or one that compares with the label."""
     block = Block("img2txt", "only", 0)
-    rows = [
-        {"label": ["B", " "], "results": {
-            "undisrupted": {"answer": "B", "top5": [1, 2, 3, 4, 5]},
-            block.name: {"answer": "B. Rhode Island", "top5": [5, 4, 3, 2, 6]}}},
-        {"label": ["B"], "results": {
-            "undisrupted": {"answer": "A", "top5": [1, 2, 3, 4, 5]},
-            block.name: {"answer": "A", "top5": [1, 2, 3, 4, 5]}}},
-        {"label": ["C", ""], "results": {
-            "undisrupted": {"answer": "C", "top5": [1, 2, 3, 4, 5]},
-            block.name: {"answer": "no idea", "top5": [6, 7, 8, 9, 10]}}},
-    ]  # fmt: skip
+
+    def row(label, plain, answer, top5):
+        said = {"undisrupted": (plain, [1, 2, 3, 4, 5]), block.name: (answer, top5)}
+        return {"label": label, "results": {name: {"answer": a, "top5": ids} for name, (a, ids) in said.items()}}
+
+    rows = [row(["B", " "], "B", "B. Rhode Island", [5, 4, 3, 2, 6]), row(["B"], "A", "A", [1, 2, 3, 4, 5]),
+            row(["C", ""], "C", "no idea", [6, 7, 8, 9, 10])]  # fmt: skip
     figures = summarize(rows, [block])
     assert figures[None]["label"] == pytest.approx(2 / 3) and figures[None]["top5"] == figures[None]["same"] == 1
     f = figures[block]
@@ -161,32 +155,26 @@ def test_figures():
 
 
 @pytest.fixture
-def lines(study, tmp_path):
+def lines(study, small, tmp_path):
     """Runs it with one scene and two layers; returns what it printed and the results file's lines."""
+    usual = "--weights", small, "--scenes", 1, "--layers", 0, 2, "--out"
 
     def run(*options, name="out.jsonl"):
-        out = tmp_path / name
-        status, shown, err = study(disruption, "--scenes", 1, "--layers", 0, 11, "--out", out, *options)
+        status, shown, err = study(disruption, *usual, tmp_path / name, *options)
         if status:
             raise HimapError(err)
-        return shown, out.read_text().splitlines()
+        return shown, (tmp_path / name).read_text().splitlines()
 
     return run
 
 
-def test_resume(lines, tmp_path, monkeypatch):
-    """After a kill a torn line kept, questions asked again or forgotten, other results; a seed that does nothing."""
+def test_settings(lines):
+    """A seed that does nothing, or whose results are mixed with another's."""
     usual = "--kinds", "random", "--readings", "only"
     _, whole = lines(*usual)
-    (tmp_path / "torn.jsonl").write_text("\n".join(whole[:4]) + "\n" + whole[4][:50])
-    asked, answer = [], disruption.answer
-    monkeypatch.setattr(disruption, "answer", lambda model, examples, *how: (
-        asked.extend(e.id for e in examples) or answer(model, examples, *how)))  # fmt: skip
-    assert sorted(lines(*usual, name="torn.jsonl")[1]) == sorted(whole)
-    assert sorted(asked) == sorted(json.loads(line)["id"] for line in whole[4:])
     assert lines(*usual, "--seed", 1, name="other.jsonl")[1][1:] != whole[1:]
     with pytest.raises(HimapError, match="holds results with seed"):
-        lines(*usual, "--seed", 1, name="torn.jsonl")
+        lines(*usual, "--seed", 1)
 
 
 def test_table_and_plot(lines, tmp_path):
@@ -194,10 +182,10 @@ def test_table_and_plot(lines, tmp_path):
     pytest.importorskip("matplotlib")
     shown, (_, *rows) = lines("--readings", "only", "upto", "--plot", tmp_path / "curves.png")
     shown, results = shown.splitlines(), [json.loads(row)["results"] for row in rows]
-    assert [line.split("|")[1].strip() for line in shown[2:-1]] == ["nothing", "only 0", "only 11", "upto 0", "upto 11"]
+    assert [line.split("|")[1].strip() for line in shown[2:-1]] == ["nothing", "only 0", "only 2", "upto 0", "upto 2"]
     for place, kind in enumerate(KINDS):
         assert kind in shown[0].split("|")[2 + 3 * place]
-        same = sum(r[f"{kind} upto 11"]["answer"] == r["undisrupted"]["answer"] for r in results) / len(results)
+        same = sum(r[f"{kind} upto 2"]["answer"] == r["undisrupted"]["answer"] for r in results) / len(results)
         assert shown[6].split("|")[3 + 3 * place].strip() == f"{same:.1%}"
     assert shown[-1] == f"{len(results)} questions, 0 more could not be asked"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -208,16 +196,14 @@ def test_broken_picture(lines, monkeypatch):
     picture = Example.picture
 
     def broken(example):
-        if example.id.endswith("-color"):
-            raise HimapError("picture is broken")
-        return picture(example)
+        raise HimapError("picture is broken")
 
-    monkeypatch.setattr(Example, "picture", broken)
+    monkeypatch.setattr(Example, "picture", lambda e: (broken if e.id.endswith("-color") else picture)(e))
     shown, (_, *rows) = lines("--kinds", "img2img")
     rows = [json.loads(row) for row in rows]
     bad = [row["id"] for row in rows if row.get("error") == "picture is broken"]
     assert bad and all(id.endswith("-color") for id in bad) and all("results" in r for r in rows if r["id"] not in bad)
     assert f"{len(rows) - len(bad)} questions, {len(bad)} more could not be asked" in shown
-    monkeypatch.setattr(Example, "picture", lambda example: broken(Example("x-color", "", (), "", example.source)))
+    monkeypatch.setattr(Example, "picture", broken)
     with pytest.raises(HimapError, match="none of .* could be asked"):
         lines("--kinds", "img2img", name="other.jsonl")

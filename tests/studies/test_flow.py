@@ -22,6 +22,7 @@ from himap_ref.studies.paper import flow
 from himap_ref.studies.questions.selection import scene_examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+EXAMPLE = scene_examples(1)[0]
 (CASE,) = json.loads((GOLDEN / "saliency_cases.json").read_text())["cases"]
 PLAIN, OFFICIAL = map(flow.DEFINITIONS.index, ("plain", "official"))
 near = {"rtol": 1e-3, "atol": 1e-7}
@@ -137,7 +138,7 @@ def test_one_layers_maps_at_a_time(tiny_decoder, embeddings, monkeypatch):
 def test_fp16_of_a_sure_answer(shapes):
     """Gradients that half precision rounds to 0: image->image then seems not to flow at all."""
     half = Llava.from_pretrained(EMBEDDED, torch.float16)
-    want, got = (flow.measure(model, scene_examples(1)[0], "answer") for model in (shapes, half))
+    want, got = (flow.measure(model, EXAMPLE, "answer") for model in (shapes, half))
     assert want["loss"] < 1e-4
     for name in ("image->text", "image->image"):
         assert_close(torch.tensor(got["plain"][name]), torch.tensor(want["plain"][name]), rtol=0.05, atol=0)
@@ -203,63 +204,51 @@ def test_label_with_any_tokenizer(tiny_llava, style):
     model = tiny_llava({"vocab_size": tokenizer.get_vocab_size()})
     model.config = replace(model.config, image_token_index=tokenizer.token_to_id("<image>"))
     model.tokenizer = tokenizer
-    (example, *_) = scene_examples(1)
-    label = flow.answer_label(model, replace(example, answers=("cats", "image", "", "image")))
-    prompt = tokenizer.encode(model.template.replace("{question}", example.question))
-    whole = tokenizer.encode(model.template.replace("{question}", example.question) + " image")
-    assert label == whole.ids[len(prompt.ids)] and tokenizer.decode([label]).strip() in ("i", "im", "image")
+    label = flow.answer_label(model, replace(EXAMPLE, answers=("cats", "image", "", "image")))
+    asked = model.template.replace("{question}", EXAMPLE.question)
+    prompt, whole = (tokenizer.encode(text).ids for text in (asked, f"{asked} image"))
+    assert label == whole[len(prompt)] and tokenizer.decode([label]).strip() in ("i", "im", "image")
 
 
-def test_no_label(shapes):
-    """A caption file without answers, or a label that is no token, ends in a traceback."""
-    (example, *_) = scene_examples(1)
+def test_refused(shapes):
+    """A caption file without answers, or a label that is no token, ends in a traceback; a prompt beyond the context,
+    where the model's attention means nothing, measured all the same."""
     with pytest.raises(HimapError, match="--label greedy"):
-        flow.answer_label(shapes, replace(example, answers=(" ",)))
-    run, _, _ = flow.prepare(shapes, example, "greedy")
+        flow.answer_label(shapes, replace(EXAMPLE, answers=(" ",)))
+    run, _, _ = flow.prepare(shapes, EXAMPLE, "greedy")
     with pytest.raises(HimapError, match="label 502 is no token"):
         next(run.saliency(502))
-
-
-def test_too_long(shapes):
-    """A prompt beyond the context, where the model's attention means nothing, measured all the same."""
-    (example, *_) = scene_examples(1)
     with pytest.raises(HimapError, match="context"):
-        flow.measure(shapes, replace(example, question="star " * 600), "greedy")
+        flow.measure(shapes, replace(EXAMPLE, question="star " * 600), "greedy")
 
 
 # ---------------------------------------------------------------- the study
 
 
 @pytest.fixture
-def flows(study, monkeypatch, tmp_path):
-    """Runs the command on some questions; -> what it printed, and how many examples it measured."""
-    measured, measure = [], flow.measure
-
-    def counting(model, example, label):
-        measured.append(example.id)
-        return measure(model, example, label)
+def flows(study, small, tmp_path):
+    """Runs the command on some questions; -> what it printed, and the lines of its results."""
+    path = tmp_path / "flow.jsonl"
 
     def run(*arguments):
-        measured.clear()
-        status, out, err = study(flow, "--out", tmp_path / "flow.jsonl", *arguments)
+        status, out, err = study(flow, "--weights", small, "--out", path, *arguments)
         if status:
             raise HimapError(err)
-        return out, len(measured)
+        return out, path.read_text().splitlines()
 
-    monkeypatch.setattr(flow, "measure", counting)
     return run
 
 
-def test_resume(flows, tmp_path):
-    """An interrupted run that starts over, or whose table then differs; layers recorded backwards."""
-    whole, count = flows("--limit", 3)
-    assert count == 3 and len(whole.splitlines()) == 2 + 12 + 2
-    lines = (tmp_path / "flow.jsonl").read_text().splitlines(keepends=True)
+def test_resume(flows, tmp_path, monkeypatch):
+    """A table that differs after an interruption; layers recorded backwards; one of both definitions not recorded."""
+    whole, lines = flows("--limit", 3)
+    assert len(lines) == 1 + 3 and len(whole.splitlines()) == 2 + 3 + 2
     assert all(row[-1] == 0 < row[0] for row in (json.loads(line)["plain"]["image->image"] for line in lines[1:]))
-    (tmp_path / "flow.jsonl").write_text("".join(lines[:2]) + lines[2][:50])  # a kill in the second result
-    resumed, count = flows("--limit", 3)
-    assert count == 2 and resumed.splitlines()[:-1] == whole.splitlines()[:-1]  # the last one: memory
-    assert flows("--limit", 3, "--saliency", "official", "--equal")[1] == 0  # both definitions are recorded
+    (tmp_path / "flow.jsonl").write_text("\n".join(lines[:2]) + f"\n{lines[2][:50]}")  # a kill in the second result
+    resumed, again = flows("--limit", 3)
+    assert again == lines and resumed.splitlines()[:-1] == whole.splitlines()[:-1]  # the last one: memory
+    monkeypatch.delattr(flow, "measure")
+    assert flows("--limit", 3, "--saliency", "official", "--equal")[1] == lines
 
 
 def test_broken_picture(flows, tmp_path):
@@ -268,18 +257,18 @@ def test_broken_picture(flows, tmp_path):
     (tmp_path / "questions.json").write_text(json.dumps(entries))
     Image.new("RGB", (168, 168), "white").save(tmp_path / "a", "png")
     (tmp_path / "b").write_bytes(b"no picture")
-    out, _ = flows("--questions", tmp_path / "questions.json", "--image-folder", tmp_path, "--label", "greedy")
-    assert "mean of 1 examples" in out and "1 could not be used" in out
-    assert "error" in json.loads((tmp_path / "flow.jsonl").read_text().splitlines()[-1])
+    asked = "--questions", tmp_path / "questions.json", "--image-folder", tmp_path, "--label", "greedy"
+    out, lines = flows(*asked)
+    assert "mean of 1 examples" in out and "1 could not be used" in out and "error" in json.loads(lines[-1])
     (tmp_path / "flow.jsonl").unlink()
     (tmp_path / "a").unlink()
     with pytest.raises(HimapError, match="none of 2 examples could be used"):
-        flows("--questions", tmp_path / "questions.json", "--image-folder", tmp_path)
+        flows(*asked)
 
 
-def test_show(flows, shapes, tmp_path):
+def test_show(flows, tmp_path):
     """A sheet that lacks panels."""
-    flows("--limit", 1, "--show", tmp_path / "new" / "tokens.png")
+    flows("--weights", EMBEDDED, "--limit", 1, "--show", tmp_path / "new" / "tokens.png")
     with Image.open(tmp_path / "new" / "tokens.png") as sheet:  # the picture; 12 layers in 2 rows, twice
         assert sheet.size == (8 * (168 + 12) + 12, 5 * (168 + 24 + 6) + 12)  # panels of 12 x 14 pixels
 
@@ -304,8 +293,7 @@ def test_no_matplotlib(flows, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(HimapError, match="plots"):
         flows("--plot", tmp_path / "x.png")
-    assert not (tmp_path / "flow.jsonl").exists()
-    assert flows("--limit", 1)[1] == 1
+    assert not (tmp_path / "flow.jsonl").exists() and len(flows("--limit", 1)[1]) == 2
 
 
 def test_check_leaves_a_picture_as_it_was(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -59,22 +60,20 @@ def asked(question, *answers):
     return Example("q1", question, answers, "", None)
 
 
-@pytest.mark.parametrize(
-    ("answer", "llava", "any_form"),
-    [
-        ("B", "B", "B"), (" B\n", "B", "B"), ("B. Rhode Island", "B", "B"), ("The answer is B.", "B", "B"),
-        ("It is small. The answer is B. So there.", "B", "B"), ("The answer is B", "", "B"), ("B.", "", "B"),
-        ("(B)", "", "B"), ("**B**", "", "B"), ("b", "", "B"), ("B) Rhode Island", "", "B"), ("(B) Maine", "", "B"),
-        ("B: Rhode Island", "", "B"), ("**B.** Rhode Island", "", "B"), ("The answer is (B).", "", "B"),
-        ("Answer: B", "", "B"), ("the correct option is B", "", "B"), ("\\boxed{B}", "", "B"),
-        ("Rhode Island", "", "B"), ("rhode island.", "", "B"),
-        ("The answer is A. No, The answer is B.", "", ""),  # LLaVA's rule wants one
-        ("The answer is A or B", "A", ""), ("Neither A nor B", "", ""), ("A and B", "", ""),
-        ("The answer is A cat", "A", ""), ("A cat", "", ""), ("I think so", "", ""), ("B-movies", "", ""), ("", "", ""),
-        ("D. Ohio", "D", ""), ("F. Ohio", "", ""),  # LLaVA knows A to E; there are three
-        ("The answer is red", "", ""), ("Nobody can answer A question", "", ""),
-    ],
-)  # fmt: skip
+LETTERS = {  # (LLaVA's rule, any form): the answers read so
+    ("B", "B"): ["B", " B\n", "B. Rhode Island", "The answer is B.", "It is small. The answer is B. So there."],
+    ("", "B"): ["The answer is B", "B.", "(B)", "**B**", "b", "B) Rhode Island", "(B) Maine", "B: Rhode Island",
+                "**B.** Rhode Island", "The answer is (B).", "Answer: B", "the correct option is B", "\\boxed{B}",
+                "Rhode Island", "rhode island."],
+    ("A", ""): ["The answer is A or B", "The answer is A cat"],
+    ("D", ""): ["D. Ohio"],  # LLaVA knows A to E; there are three
+    ("", ""): ["The answer is A. No, The answer is B.",  # LLaVA's rule wants one
+               "Neither A nor B", "A and B", "A cat", "I think so", "B-movies", "", "F. Ohio", "The answer is red",
+               "Nobody can answer A question"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, llava, any_form", [(a, *read) for read, every in LETTERS.items() for a in every])
 def test_letters(answer, llava, any_form):
     """An answer read otherwise than by LLaVA's evaluation; a letter seen where there is none, or two."""
     assert llava_letter(answer) == llava
@@ -100,16 +99,15 @@ def test_letters_need_letters():
     METRICS["letter"].check([asked(WHERE, "B")])
 
 
-@pytest.mark.parametrize(
-    ("question", "options"),
-    [
-        (WHERE, ("Maine", "Rhode Island", "Iowa")),
-        ("Which?\n(A) red\n (B)  dark blue \nAnswer.", ("red", "dark blue")),
-        ("Which? Options: (A) red (B) dark blue", ("red", "dark blue")),
-        ("A) 1\nB) 2\nC) 3", ("1", "2", "3")),
-        ("Which?\nA. red", ()), ("Which?\nB. red\nC. blue", ()), ("Is vitamin A. good?", ()), ("Which?", ()),
-    ],
-)  # fmt: skip
+OPTIONS = {
+    WHERE: ("Maine", "Rhode Island", "Iowa"), "A) 1\nB) 2\nC) 3": ("1", "2", "3"),
+    "Which?\n(A) red\n (B)  dark blue \nAnswer.": ("red", "dark blue"),
+    "Which? Options: (A) red (B) dark blue": ("red", "dark blue"),
+    "Which?\nA. red": (), "Which?\nB. red\nC. blue": (), "Is vitamin A. good?": (), "Which?": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("question, options", OPTIONS.items())
 def test_options_of(question, options):
     """An index or an option's text that stands for another letter."""
     assert options_of(question) == options
@@ -118,31 +116,26 @@ def test_options_of(question, options):
 # ---------------------------------------------------------------- VQA
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("The Red, white  and a blue.", "red white and blue"),  # articles, a comma before a blank, a full stop
-        ("black/white", "black white"),  # no blank beside the mark: a blank takes its place
-        ("black / white-ish", "black white ish"),  # each mark by itself
-        ("1,000 t-shirts", "1000 tshirts"),  # a comma between digits: every mark is closed up
-        ("1.5 U.S. miles.", "1.5 us miles"),
-        ("None", "0"),
-        ("Ten dont", "10 don't"),
-        ("couldntve couldnt've couldn'tve", "couldntve couldn't've couldn't've"),  # one apostrophe may be missing
-        ("the dog's", "dog's"),
-        ("yes\nno\tyes", "yes no yes"),
-        ("t-shirt-\nblue", "tshirt blue"),  # a line break is a blank, and a mark beside one closes up everywhere
-        ("x-y -z", "xy z"),
-        ("x-y/-z", "x y z"),  # beside a blank that was there, not beside one that replaced a mark
-        ("a", ""),
-    ],
-)
+NORMALIZED = {
+    "The Red, white  and a blue.": "red white and blue",  # articles, a comma before a blank, a full stop
+    "black/white": "black white",  # no blank beside the mark: a blank takes its place
+    "black / white-ish": "black white ish",  # each mark by itself
+    "1,000 t-shirts": "1000 tshirts",  # a comma between digits: every mark is closed up
+    "couldntve couldnt've couldn'tve": "couldntve couldn't've couldn't've",  # one apostrophe may be missing
+    "t-shirt-\nblue": "tshirt blue",  # a line break is a blank, and a mark beside one closes up everywhere
+    "x-y/-z": "x y z",  # beside a blank that was there, not beside one that replaced a mark
+    "x-y -z": "xy z", "1.5 U.S. miles.": "1.5 us miles", "None": "0", "Ten dont": "10 don't", "the dog's": "dog's",
+    "yes\nno\tyes": "yes no yes", "a": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, expected", NORMALIZED.items())
 def test_normalize(answer, expected):
     """A rule of the official normalisation left out, or applied in another order."""
     assert normalize(answer) == expected
 
 
-@pytest.mark.parametrize(("agree", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+@pytest.mark.parametrize("agree, expected", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_vqa_of_ten(agree, expected):
     """min(n / 3, 1) without the averaging: 1/3, 2/3, 1 for one, two and three agreeing people.
 
@@ -158,7 +151,7 @@ def test_vqa_is_the_mean_over_leaving_one_out():
     for _ in range(200):
         answers = rng.choices("xyz", k=rng.randint(10, 12))
         rest = [answers[:i] + answers[i + 1 :] for i in range(len(answers))]
-        expected = sum(min(others.count("x") / 3, 1) for others in rest) / len(rest)
+        expected = mean(min(others.count("x") / 3, 1) for others in rest)
         assert score("vqa", "x", *answers) == pytest.approx(expected)
 
 
@@ -179,20 +172,15 @@ def test_vqa_summary():
 # ---------------------------------------------------------------- POPE
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("Yes", True),
-        ("no", False),
-        ("No, there is none.", False),
-        ("There is not a dog. Yes.", False),
-        ("Yes. There is no doubt.", True),  # the second sentence does not count
-        ("Nothing of the kind", True),  # whole words only
-        ("NO", True),  # as eval_pope.py has it: three spellings
-        (" No\n", False),
-        ("", True),
-    ],
-)
+SAYS_YES = {
+    "Yes": True, "no": False, "No, there is none.": False, "There is not a dog. Yes.": False, " No\n": False, "": True,
+    "Yes. There is no doubt.": True,  # the second sentence does not count
+    "Nothing of the kind": True,  # whole words only
+    "NO": True,  # as eval_pope.py has it: three spellings
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, expected", SAYS_YES.items())
 def test_says_yes(answer, expected):
     """An answer read otherwise than by eval_pope.py."""
     assert says_yes(answer) is expected
@@ -203,9 +191,8 @@ def test_pope_figures():
 
     By hand: said/true yes/yes 3, yes/no 1, no/yes 2, no/no 4: accuracy 7/10, precision 3/4, recall 3/5, F1 2/3.
     """
-    said = ["Yes"] * 4 + ["No"] * 6
-    true = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
-    answered = [(s, example(t)) for s, t in zip(said, true, strict=True)]
+    cells = (("Yes", "yes", 3), ("Yes", "no", 1), ("No", "yes", 2), ("No", "no", 4))
+    answered = [(said, example(true)) for said, true, n in cells for _ in range(n)]
     figures = METRICS["pope"].summary(answered)
     assert figures == pytest.approx({"accuracy": 0.7, "precision": 0.75, "recall": 0.6, "f1": 2 / 3, "yes_share": 0.4})
     assert list(figures)[0] == "accuracy"
@@ -274,20 +261,14 @@ def test_cider(library, capfd):
     assert figures["cider"] > 1
 
 
-def test_cider_without_java(library, monkeypatch, tmp_path):
-    """A traceback, or another tokeniser's figures."""
+@pytest.mark.parametrize("java, message", [("", "needs Java"), ("#!/bin/sh\necho a\n", "lost lines")])
+def test_cider_of_a_broken_java(library, monkeypatch, tmp_path, capfd, java, message):
+    """A traceback, another tokeniser's figures, or captions compared with those of other pictures."""
+    if java:  # one that stops in the middle
+        (tmp_path / "java").write_text(java)
+        (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HimapError, match="needs Java"):
-        METRICS["cider"].summary([("a", example("a"))])
-
-
-def test_cider_of_a_broken_java(library, monkeypatch, tmp_path, capfd):
-    """A traceback, or captions compared with those of other pictures, if the tokeniser stops in the middle."""
-    java = tmp_path / "java"
-    java.write_text("#!/bin/sh\necho a\n")
-    java.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HimapError, match="lost lines"):
+    with pytest.raises(HimapError, match=message):
         METRICS["cider"].summary([("a", example("a")), ("b", example("b"))])
 
 
@@ -307,8 +288,7 @@ def test_wilson():
     p = 0.5, n = 10, z^2 = 3.8416: middle 0.69208 / 1.38416 = 0.5, half sqrt(0.025 + 0.0096) * 1.96 / 1.38416 = 0.2634.
     """
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    low, high = wilson(20, 20)
-    assert low == pytest.approx(20 / 23.8416) and high == pytest.approx(1)
+    assert wilson(20, 20) == pytest.approx((20 / 23.8416, 1))
 
 
 def test_bootstrap():

@@ -26,12 +26,9 @@ def test_figures():
     got = compare(mine, others)
     assert (got["n"], got["left_out"]) == (3, 2)
     assert got["kept_differ"] == pytest.approx([(0 + 1 / 4 + 2 / 4) / 3, (0 + 1 / 2 + 0) / 3])
-    for name in ("kept_tokens", "answer"):
-        assert got[f"same_{name}"] == pytest.approx(1 / 3)
-    for name in ("scores", "logits"):
-        assert got[f"same_{name}"] == pytest.approx(2 / 3)
+    same = [got[f"same_{name}"] for name in ("kept_tokens", "answer", "scores", "logits")]
+    assert same == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3]) and (got["lost"], got["won"]) == (1, 1)
     assert (got["accuracy"], got["interval"]) == (pytest.approx(2 / 3), wilson(2, 3))
-    assert (got["lost"], got["won"]) == (1, 1)
     assert compare(others, mine)["lost"] == 1 and compare({"a": mine["b"]}, {"a": others["b"]})["won"] == 1
     with pytest.raises(HimapError, match="no question could be asked"):
         compare({"d": mine["d"]}, {"d": others["d"]})
@@ -61,15 +58,13 @@ def test_digest():
     assert digest([a]) != digest([a[:1], a[1:]]) and digest([torch.zeros(1)]) != digest([-torch.zeros(1)])
 
 
-def test_command(study, tmp_path, monkeypatch):
+def test_command(study, small, tmp_path, monkeypatch):
     """Files that another run would not write again; a run on another number of threads than it says, or for ever."""
-    seen, before = [], torch.get_num_threads()
-    answer = precision.answer
+    seen, before, answer, written = [], torch.get_num_threads(), precision.answer, []
     monkeypatch.setattr(precision, "answer", lambda *args: seen.append(torch.get_num_threads()) or answer(*args))
-    args = "--limit", 3, "--methods", "none", "himap", "--dtype", "bfloat16", "--out"
-    written = []
+    usual = "--weights", small, "--limit", 3, "--max-new-tokens", 4, "--methods", "none", "himap", "--dtype", "bfloat16"
     for name in ("a", "b"):
-        _, out, _ = study(precision, *args, tmp_path / name)
+        _, out, _ = study(precision, *usual, "--out", tmp_path / name)
         written.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.jsonl")})
     assert written[0] == written[1] and len(written[0]) == 12
     assert {1, 2} == set(seen) and torch.get_num_threads() == before

@@ -1,13 +1,11 @@
 """Target recall: hand-made rows of what stages left."""
 
-import sys
-
 import pytest
 from toys import write_small_model
 
-from himap_ref import HimapError
 from himap_ref.studies.accuracy import recall
 from himap_ref.studies.questions.examples import Example
+from himap_ref.studies.questions.scenes import SIZE
 
 
 def example(key, kind, *targets, size=0, place=""):
@@ -26,10 +24,9 @@ ROWS = {"a": kept([1, 2, 3, 4], [2, 3]), "b": kept([1, 5, 6, 8], [1, 3]), "none"
 
 def test_stages():
     """The first stage's choice for the last one's; questions without targets, or not answered, as lost ones."""
-    first, last = recall.recalls([ROWS], EXAMPLES)
-    assert first["all"]["n"] == 2 and first["all"]["recall"] == pytest.approx((1 + 2 / 3) / 2)
-    assert last["all"]["recall"] == pytest.approx((1 / 2 + 0) / 2) and last["all"]["hit"] == 0.5
-    assert first["all"]["hit"] == 1.0
+    first, last = (figures["all"] for figures in recall.recalls([ROWS], EXAMPLES))
+    assert (first["n"], first["recall"], first["hit"]) == (2, pytest.approx((1 + 2 / 3) / 2), 1.0)
+    assert (last["recall"], last["hit"]) == (pytest.approx((1 / 2 + 0) / 2), 0.5)
 
 
 def test_groups():
@@ -37,8 +34,8 @@ def test_groups():
     as the weight."""
     _, last = recall.recalls([ROWS], EXAMPLES)
     found = {group: (figures["n"], figures["recall"]) for group, figures in last.items()}
-    assert found == {"all": (2, 0.25), "color": (1, 0.5), "reading": (1, 0), "2": (1, 0.5), "4+": (1, 0),
-                     "top left": (1, 0.5)}  # fmt: skip
+    half = (1, 0.5)
+    assert found == {"all": (2, 0.25), "color": half, "reading": (1, 0), "2": half, "4+": (1, 0), "top left": half}
     assert list(last) == ["all", "color", "reading", "2", "4+", "top left"]
 
 
@@ -76,29 +73,25 @@ def test_table():
     text = recall.table({"m": ((2, 8), recall.recalls([ROWS], EXAMPLES))})
     header, _, first, last = text.splitlines()[:4]
     assert [cell.strip() for cell in header.split("|")[3:6]] == ["all (2)", "color (1)", "reading (1)"]
-    assert first.startswith("| m | 2 | 83.3% | 100.0% | 66.7% |") and last.startswith(
-        "| m | 8 | 25.0% | 50.0% | 0.0% |"
-    )
+    assert first.startswith("| m | 2 | 83.3% | 100.0% | 66.7% |")
+    assert last.startswith("| m | 8 | 25.0% | 50.0% | 0.0% |")
     assert header.endswith("| chance | hit | hit by chance |") and last.count("|") == header.count("|")
 
 
-@pytest.mark.parametrize("side, method, reason", [(28, "1:2:text_to_image", "no target patches"),
-                                                  (168, "pool:3", "has no stages"), (168, "", "")])  # fmt: skip
-def test_command(monkeypatch, capsys, tmp_path, side, method, reason):
+@pytest.mark.parametrize("side, method, reason", [
+    (28, "1:2:text_to_image", "no target patches"), (SIZE, "pool:3", "has no stages"),
+    (SIZE, "1:20:text_to_image,2:5:random", ""),
+])  # fmt: skip
+def test_command(study, small, tmp_path, side, method, reason):
     """Targets of the scenes' 12 x 12 patches looked for among a model's own four; a reducer's empty table; more than
     one token said for it."""
-    write_small_model(tmp_path / "m", side=side)
-    words = ["--weights", tmp_path / "m", "--scenes", 1, "--out", tmp_path / "out"]
-    words += ["--methods", method or "1:20:text_to_image,2:5:random"]
-    monkeypatch.setattr(sys, "argv", ["recall", *map(str, words)])
+    if side != SIZE:
+        write_small_model(small := tmp_path / "m", side=side)
+    out = tmp_path / "out"
+    status, shown, err = study(recall, "--weights", small, "--scenes", 1, "--methods", method, "--out", out)
     if reason:
-        with pytest.raises(HimapError, match=reason):
-            recall.main()
+        assert status == 2 and reason in err
         return
-    recall.main()
-    shown = capsys.readouterr().out.splitlines()
+    shown, (file, *others) = shown.splitlines(), [*out.glob("*.jsonl")]
     assert len(shown) == 6 and "| 1 | " in shown[2] and "| 2 | " in shown[3] and "13.9%" in shown[2]
-    assert (
-        len([*(tmp_path / "out").glob("*.jsonl")]) == 5
-        and '"new_tokens": 1,' in next((tmp_path / "out").glob("*.jsonl")).read_text()
-    )
+    assert len(others) == 4 and '"new_tokens": 1,' in file.read_text()

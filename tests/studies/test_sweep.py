@@ -1,12 +1,10 @@
 """The sweep's columns that hold a criterion against chance, target patches and a smaller picture."""
 
 import json
-import sys
 from itertools import pairwise
 
 import pytest
 import torch
-from toys import write_small_model
 
 from himap_ref import LLAVA_1_5_7B, Llava
 from himap_ref.methods.schedules import parse_method
@@ -16,7 +14,6 @@ from himap_ref.studies.accuracy.entries import CHANCE, SMALLER, families
 from himap_ref.studies.accuracy.evaluate import answer
 from himap_ref.studies.accuracy.metrics import bootstrap, holm
 from himap_ref.studies.common.plots import spread
-from himap_ref.studies.questions.scenes import SIZE
 from himap_ref.studies.questions.selection import scene_examples
 
 
@@ -57,14 +54,6 @@ FAMILIES = ("none", "himap", "vtw", "1:20:random3,2:5:dart", f"1:20:{ORACLE},2:1
             "divprune:7", "visionzip:7", "pool:5", "down:4")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A random model that sees scenes as they are, 144 tokens, in three layers; its folder."""
-    folder = tmp_path_factory.mktemp("small") / "m"
-    write_small_model(folder, side=SIZE)
-    return folder
-
-
 @pytest.mark.parametrize("text", FAMILIES)
 def test_positions_of_every_family(small, text):
     """One that cannot be numbered anew, one that another prompt's length or the tokens made before the decoder upset,
@@ -81,12 +70,10 @@ def test_positions_of_every_family(small, text):
     assert stretched.equal(plain) is (not any(left))  # without an image token there is nothing to stretch
 
 
-def test_blind(small, tmp_path, monkeypatch):
+def test_blind(study, small, tmp_path):
     """Vanilla's recorded answers for those without the picture; FLOPs of a prompt without image tokens; a p of its own
     among the methods'."""
-    words = ["--weights", small, "--scenes", 1, "--methods", "1:20:text_to_image", "--out", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, words)])
-    sweep.main()
+    study(sweep, "--weights", small, "--scenes", 1, "--methods", "1:20:text_to_image", "--out", tmp_path)
     vanilla, blind, own = json.loads((tmp_path / "table.json").read_text())
     assert blind["label"] == "no picture" and blind["kept"] == [] and blind["n"] == vanilla["n"] == own["n"]
     assert [blind[name] for name in sweep.RATIOS] == [None] * 3 and blind["recall"] is None and "p_holm" not in blind

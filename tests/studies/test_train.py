@@ -1,7 +1,7 @@
 """The training of the small model: what it learns from is what it will be asked, and a killed run loses nothing."""
 
 import json
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,12 +18,19 @@ PLAN = Plan(100, ((0, 1, 2), (3, 4, 9)), batch=2)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train.build_tokenizer()
+    """Of fewer questions: 4000 pictures' take seconds, and give hardly any other words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_corpus", lambda pictures, whole=train._corpus: whole(pictures // 10))
+        return train.build_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    model = Llava(train.shapes_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")))
+    """With all parts of the trained one's, but narrow and shallow."""
+    config = train.shapes_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>"))
+    narrow = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision, text = (replace(part, **narrow) for part in (config.vision_config, config.text_config))
+    model = Llava(replace(config, vision_config=vision, text_config=text))
     train.init_weights(model, 0)
     return model
 
@@ -31,9 +38,8 @@ def model(tokenizer):
 @torch.no_grad()
 def test_packed_questions_are_trained_as_they_will_be_asked(model, tokenizer):
     """A question that sees its neighbour or starts at another position; a target one token off."""
-    scenes = Scenes(PLAN, tokenizer, 40)
+    scenes, prefix = Scenes(PLAN, tokenizer, 40), torch.tensor(tokenizer.encode(train.SYSTEM).ids)
     batch = default_collate([scenes[10], scenes[11]])
-    prefix = torch.tensor(tokenizer.encode(train.SYSTEM).ids)
     loss, hits, kinds, _ = train.answer_loss(model, batch, prefix)
     alone, weights = [], []
     for row in range(2):
@@ -60,14 +66,10 @@ def test_packed_text_is_the_prompt(tokenizer):
         scene = make_scene(PLAN.seed + index, *PLAN.things(index))
         asked = make_questions(scene, train.QUESTIONS, kinds=PLAN.kinds(index))
         item = scenes[index]
-        for segment in item["segment"].unique().tolist():
-            own = (item["segment"] == segment).nonzero().flatten()
-            if segment == 0:
-                assert (item["target"][own] == -100).all()
-                continue
-            question = asked[segment - 1]
-            whole = f"\n{question.text} ASSISTANT: {question.answer}"
-            assert tokenizer.decode(item["ids"][own].tolist()) == whole
+        assert (item["target"][item["segment"] == 0] == -100).all()
+        for segment in {*item["segment"].tolist()} - {0}:
+            own, question = (item["segment"] == segment).nonzero().flatten(), asked[segment - 1]
+            assert tokenizer.decode(item["ids"][own].tolist()) == f"\n{question.text} ASSISTANT: {question.answer}"
             assert item["place"][own].tolist() == list(range(len(own))) and own[-1] // 58 == own[0] // 58
             target = item["target"][own]
             answer = tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids
@@ -107,27 +109,25 @@ def test_orthogonalize_against_svd(shape):
     assert F.cosine_similarity(found.flatten(1), nearest.flatten(1)).min() > 0.95
 
 
-def run(monkeypatch, folder, *more):
-    arguments = ["--out", folder / "out", "--state", folder / "state.pt", "--no-compile", "--no-bf16", *more]
-    monkeypatch.setattr(sys, "argv", ["train", "--align-steps", "2", "--steps", "3", *map(str, arguments)])
-    train.main()
-    return Llava.from_pretrained(folder / "out")
-
-
-def test_killed_and_resumed_equals_undisturbed(monkeypatch, tmp_path, capsys, tokenizer):
+def test_killed_and_resumed_equals_undisturbed(command, monkeypatch, tmp_path, tokenizer, model):
     """Scenes seen twice or left out, momentum lost, the rate's place forgotten; what it says of unseen scenes."""
-    quick = {"BATCH": 2, "SAVE_EVERY": 1, "CHECKED": 2, "build_tokenizer": lambda: tokenizer}
+    quick = {"BATCH": 2, "SAVE_EVERY": 1, "CHECKED": 2, "build_tokenizer": lambda: tokenizer,
+             "shapes_config": lambda *_: model.config}  # fmt: skip
     for name, value in quick.items():
         monkeypatch.setattr(train, name, value)
-    whole = run(monkeypatch, tmp_path / "whole")
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    def run(folder):
+        words = "--out", folder / "out", "--state", folder / "state.pt", "--no-compile", "--no-bf16"
+        return command(train.main, "train", "--align-steps", 2, "--steps", 3, *words)[1]
+
+    told = [json.loads(line) for line in run(tmp_path / "whole").splitlines()]
     assert [line["step"] for line in told] == [1, 2, 3] and set(told[0]["unseen"]) == set(train.KINDS)
 
     class Killed(Exception):
         pass
 
-    def kill(model, *rest, plain=train.evaluate):
-        if plain(model, *rest) and kill.at == 0:
+    def kill(model, *rest):
+        if kill.at == 0:
             raise Killed
         kill.at -= 1
         return {}
@@ -135,8 +135,9 @@ def test_killed_and_resumed_equals_undisturbed(monkeypatch, tmp_path, capsys, to
     monkeypatch.setattr(train, "evaluate", kill)
     for kill.at in (0, 1):  # after the first step, and then after the third
         with pytest.raises(Killed):
-            run(monkeypatch, tmp_path / "killed")
+            run(tmp_path / "killed")
         monkeypatch.delattr(train, "build_tokenizer", raising=False)  # another one would give words other ids
-    resumed = run(monkeypatch, tmp_path / "killed")
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+    run(tmp_path / "killed")
+    whole, resumed = (Llava.from_pretrained(tmp_path / name / "out").state_dict() for name in ("whole", "killed"))
+    for (name, a), b in zip(whole.items(), resumed.values(), strict=True):
         assert torch.equal(a, b), name
