@@ -80,13 +80,10 @@ def test_near_misses(model, scene_picture, question):
     assert "\n" not in note
 
 
-@pytest.mark.parametrize("question", [QUESTION, f" {QUESTION}\n", f"{QUESTION}{OPTIONS}{CHOICE_HINT}"])
-def test_known_questions(model, scene_picture, question):
-    assert note_on(model, scene_picture, question) is None
-
-
-def test_signs_in_a_form_are_no_pattern():
+def test_known_questions(model, scene_picture):
     """A folder's file whose full stop, or whose bracket, means something else than itself."""
+    for question in (QUESTION, f" {QUESTION}\n", f"{QUESTION}{OPTIONS}{CHOICE_HINT}"):
+        assert note_on(model, scene_picture, question) is None
     assert is_known("a.c (d", "x\n\na.c ({d|e.}") and not is_known("abc (d", "a.c ({d|e.}")
     assert not is_known("a.c (eX", "a.c ({d|e.}") and is_known("{x", "{x")
 
@@ -147,18 +144,16 @@ STRANGE = {
     "inverted": ImageOps.invert(SCENE),
     "dark": SCENE.point(lambda level: level * 2 // 3),
     "one pixel": Image.new("RGB", (1, 1), "#de2020"),
+    "none": None,
 }
 
 
 @pytest.mark.parametrize("image", STRANGE.values(), ids=STRANGE)
 def test_strange_pictures(model, image):
     """Anything with some of the palette's colours, or pale, taken for a scene."""
-    assert note_on(model, image, QUESTION).startswith("a strange picture: this small model knows")
-    assert note_on(model, image, "What?").startswith("a strange picture and a strange question: this")
-
-
-def test_no_picture(model):
-    assert note_on(model, None, QUESTION).startswith("no picture: this small model knows")
+    strange = "a strange picture" if image else "no picture"
+    assert note_on(model, image, QUESTION).startswith(f"{strange}: this small model knows")
+    assert note_on(model, image, "What?").startswith(f"{strange} and a strange question: this")
 
 
 # ---------------------------------------------------------------- who says it
@@ -182,12 +177,13 @@ def test_questions_of_another_type(tmp_path, questions):
 
 def test_command(run, folder, tmp_path, monkeypatch):
     """A note among the answers, one for the first question of a conversation alone, or one without need."""
-    noise(50, 50).save(tmp_path / "x.png")
-    ask = "--weights", folder, "--dtype", "float32", "--max-new-tokens", 1, "--image"
     known, strange = folder / "example.png", tmp_path / "x.png"
-    asked = [(known, QUESTION, ""), (known, "What?", "a strange question"), (strange, QUESTION, "a strange picture"),
-             ("none", QUESTION, "no picture")]  # fmt: skip
-    for image, question, said in asked:
+    noise(50, 50).save(strange)
+    ask = "--weights", folder, "--dtype", "float32", "--max-new-tokens", 1, "--image"
+    for image, question, said in (
+        (known, QUESTION, ""), (known, "What?", "a strange question"), (strange, QUESTION, "a strange picture"),
+        ("none", QUESTION, "no picture"),
+    ):  # fmt: skip
         status, out, err = run(*ask, image, "--prompt", question)
         assert status == 0 and "knows only" not in out and err.count("knows only") == bool(said)
         assert f"note: {said}" in err

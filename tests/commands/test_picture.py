@@ -30,19 +30,19 @@ def asked(shapes, scene_picture):
     return ask
 
 
-def brightness(panel, side, place):
-    step = panel.width // side
-    x, y = place % side * step, place // side * step
-    return sum(ImageStat.Stat(panel.crop((x + 4, y + 4, x + step - 4, y + step - 4))).mean)
+def brightness(panel):
+    """Of each of 4 x 4 patches, without its edges."""
+    step = panel.width // 4
+    corners = [(x * step, y * step) for y in range(4) for x in range(4)]
+    return [sum(ImageStat.Stat(panel.crop((x + 4, y + 4, x + step - 4, y + step - 4))).mean) for x, y in corners]
 
 
 def test_dropped_patches_are_dark_and_can_be_made_out():
     """Patches transposed; dropped ones painted over, so that nobody sees what went."""
     frame = Image.new("RGB", (128, 128), "white")
     frame.paste("red", (64, 0, 128, 128))
-    panel = kept_panel(frame, 4, {6})  # row 1, column 2
-    light = [brightness(panel, 4, place) for place in range(16)]
-    assert light[6] == 255 and max(light[:6] + light[7:]) < 350 < brightness(frame, 4, 0)
+    light = brightness(kept_panel(frame, 4, {6}))  # row 1, column 2
+    assert light[6] == 255 and max(light[:6] + light[7:]) < 350 < brightness(frame)[0]
     assert light[0] > light[3] + 100  # white and red, in the dark
 
 
@@ -50,8 +50,7 @@ def test_dropped_patches_are_dark_and_can_be_made_out():
 def test_heat(class_token):
     """Scores at other patches than they are of, or all in one colour for the class token's, which has no square."""
     frame = Image.new("RGB", (128, 128), "white")
-    panel = heat_panel(frame, 4, {5: -2.0, 6: 2.0, 7: 0.0, **class_token})
-    light = [brightness(panel, 4, place) for place in range(16)]
+    light = brightness(heat_panel(frame, 4, {5: -2.0, 6: 2.0, 7: 0.0, **class_token}))
     assert light[5] < 20 and light[6] > 600 and 250 < light[7] < 500 and len({*light[:5], *light[8:]}) == 1
 
 
@@ -73,19 +72,14 @@ def test_follow_methods_without_scores(asked):
     assert (pooled.side, pooled.all, pooled.choices) == (6, list(range(36)), [])
 
 
-def test_follow_cls(shapes, scene_picture, asked):
-    """Other patches drawn than the decoder was given."""
+def test_follow_reducer(shapes, scene_picture, asked):
+    """Other patches drawn than the decoder was given; a stage behind a reducer at the decoder's count of the tokens."""
     _, reducer, tokens = asked("cls:20")
     pixels = shapes.preprocess(scene_picture)
     torch.testing.assert_close(reducer(shapes, pixels), shapes.embed_image(pixels)[:, tokens.left(0)])
     (choice,) = tokens.choices
     lowest = min(choice.scores[place] for place in choice.kept)
     assert all(score <= lowest for place, score in choice.scores.items() if place not in choice.kept)
-
-
-def test_follow_reducer_and_stage(shapes, scene_picture, asked):
-    """A stage behind a reducer drawn at the decoder's count of the tokens, not at their patches."""
-    reducer = parse_method("cls:20", shapes).reducer
     answer = shapes.generate(scene_picture, QUESTION, "fastv", 1, reducer=reducer)
     first, second = follow(shapes, scene_picture, answer, reducer).choices
     assert set(second.kept) < set(second.scores) == set(first.kept) and len(second.kept) == 10

@@ -4,22 +4,21 @@ import io
 import json
 import re
 import sys
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 from PIL import Image
+from toys import noise
 
-ROOT = Path(__file__).parents[2]
+from himap_ref.commands.ask import EXAMPLE
+
+PICTURE, QUESTION = EXAMPLE
 MISTRAL = "{{ '[INST] ' + m[0]['content'] + ' [/INST]' }}{% if x %}{{ m[1]['content'] + '</s>' }}{% endif %}"
-EXAMPLE = ROOT / "weights" / "shapes" / "example.png"
 TWO = "2:40:text_to_image,8:0.25:image_to_image"
 
 
-def test_alone(run):
-    """The first command of the README: notes mixed into the answer, or a wrong answer."""
-    status, out, err = run()
-    assert (status, out) == (0, "yellow\n")  # the example shows a yellow star
-    assert "144 -> " in err and "FLOPs" in err
+def told(data):
+    return [(stage["layer"], stage["score"], len(stage["kept"])) for stage in data["stages"]]
 
 
 def test_json(run):
@@ -29,33 +28,25 @@ def test_json(run):
     assert status == 0 and out.count("\n") == 1
     assert data["answer"] == "yellow" and len(data["token_ids"]) == 2
     assert data["prompt_tokens"] == 164 and data["image_span"] == [11, 155]
-    assert [(s["layer"], s["score"], len(s["kept"])) for s in data["stages"]] == [
-        (2, "text_to_image", 40),
-        (8, "image_to_image", 10),
-    ]
+    assert told(data) == [(2, "text_to_image", 40), (8, "image_to_image", 10)]
     assert set(data["stages"][1]["kept"]) <= set(data["stages"][0]["kept"]) <= set(range(144))
     assert [layer["layer"] for layer in data["layers"]] == list(range(12))
     assert [layer["tokens_in"] for layer in data["layers"]] == [164] * 2 + [60] * 6 + [30] * 4
-    f = data["flops"]
-    lm_head = 2 * 128 * 502
+    f, lm_head = data["flops"], 2 * 128 * 502
     assert f["prefill"] == sum(layer["flops"] for layer in data["layers"]) + lm_head
     assert f["total"] == f["vision"] + f["projector"] + f["prefill"] + f["decode"] == 2 * f["total_macs"]
     assert f["ratio"] == f["total"] / f["vanilla_total"] < 1
     assert set(data["seconds"]) == {"load", "vision", "prefill", "decode"}
     assert data["vanilla"]["answer"] == "yellow" and data["agree"] is True
-    for layer in data["layers"]:
-        assert layer["flops"] == sum(layer["parts"].values())
+    assert all(layer["flops"] == sum(layer["parts"].values()) for layer in data["layers"])
     numbers = sum(layer["keys"] for layer in data["layers"]) * 2 * 4 * 32  # keys and values, 4 heads of 32
     assert data["kv_cache_bytes"] == 4 * numbers  # fp32
 
 
 def test_methods(run):
     """A method that is another one under its name."""
-    kept = {}
-    for method in ("none", "fastv", "random"):
-        data = json.loads(run("--json", "--method", method)[1])
-        kept[method] = [(s["layer"], s["score"], len(s["kept"])) for s in data["stages"]]
-    assert kept == {"none": [], "fastv": [(2, "last_to_image", 72)], "random": [(2, "random", 72)]}
+    for method, kept in {"none": [], "fastv": [(2, "last_to_image", 72)], "random": [(2, "random", 72)]}.items():
+        assert told(json.loads(run("--json", "--method", method)[1])) == kept
     first, again, other = (json.loads(run("--json", "--method", "random", "--seed", s)[1]) for s in (1, 1, 2))
     assert first["stages"] == again["stages"] != other["stages"]
 
@@ -78,12 +69,13 @@ def test_own_score(run, tmp_path, monkeypatch):
     assert data["stages"] == [{"layer": 3, "score": "first", "kept": [0, 1, 2, 3, 4]}]
 
 
-@pytest.mark.parametrize("given", [("--prompt", "What number is written?"), ("--image", EXAMPLE), ()], ids=len)
+@pytest.mark.parametrize("given", [("--prompt", "What number is written?"), ("--image", PICTURE), ()], ids=len)
 def test_what_is_left_out(run, given):
-    """An example's picture or question that stands in for another one than was left out; a word of neither."""
+    """Notes mixed into the answer; the example's picture or question in another one's place than was left out."""
     status, out, err = run(*given)
-    assert status == 0 and out.strip() == ("707" if "--prompt" in given else "yellow")
-    said = "What number is written?" if "--prompt" in given else "What color is the star?"
+    assert (status, out) == (0, "707\n" if "--prompt" in given else "yellow\n")  # the example shows a yellow star
+    assert "144 -> " in err and "FLOPs" in err and "knows only" not in err
+    said = "What number is written?" if "--prompt" in given else QUESTION
     assert f"question  {said}" in err and "picture   " in err and "example.png" in err and "weights   " in err
     assert "method    himap: 144 image tokens; from layer 1 on 72, by text_to_image; from layer 11 on 18, by " in err
 
@@ -96,11 +88,9 @@ def test_text_only(run):
 
 def test_foreign_picture(run, tmp_path):
     """The small model's nonsense about a photograph given without a word."""
-    noise = Image.effect_noise((200, 150), 100).convert("RGB")
-    noise.save(tmp_path / "x.png")
+    noise(200, 150).save(tmp_path / "x.png")
     err = run("--image", tmp_path / "x.png", "--prompt", "What is it?", "--max-new-tokens", 1)[2]
     assert "knows only drawn scenes" in err and "--weights llava-1.5-7b" in err
-    assert "knows only" not in run()[2]
 
 
 def test_chat(run, monkeypatch):
@@ -110,9 +100,9 @@ def test_chat(run, monkeypatch):
     status, out, err = run("--chat")
     assert status == 0 and out.splitlines()[0] == "yellow" and len(out.splitlines()) == 3
     turns = re.findall(r"\[turn (\d+): (\d+) new tokens of (\d+), answer (\d+), cached", err)
-    told = [[int(number) for number in turn] for turn in turns]
-    assert [turn for turn, *_ in told] == [1, 2, 3] and told[0][1:3] == [164, 164]
-    for (_, _, n, answered), (_, new, total, _) in zip(told, told[1:], strict=False):
+    turns = [[*map(int, turn)] for turn in turns]
+    assert [turn for turn, *_ in turns] == [1, 2, 3] and turns[0][1:3] == [164, 164]
+    for (_, _, n, answered), (_, new, total, _) in pairwise(turns):
         assert new == total - (n + answered) + 1 < 20  # the answer's last token, and the question
     assert err.count("note: the prompt has") == 1 and "shorten" in err  # and the conversation went on
     assert err.endswith("> \n")
@@ -121,7 +111,7 @@ def test_chat(run, monkeypatch):
 def test_chat_fills_the_context(run, monkeypatch):
     """A conversation that ends in an error, or in silence, where the context is full."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("What color is the star? Say it.\n" * 50))
-    status, out, err = run("--chat", "--prompt", "How many?", "--image", ROOT / "weights/shapes/example.png")
+    status, out, err = run("--chat", "--prompt", "How many?", "--image", PICTURE)
     assert status == 0 and 15 < len(out.splitlines()) < 30 and "Traceback" not in err
     assert err.splitlines()[-1].endswith("it fills the model's context of 512 tokens")
 
@@ -136,7 +126,7 @@ NOTE = "note: the question holds"
 ])  # fmt: skip
 def test_roles_in_the_question(run, monkeypatch, question, signs):
     """A whole prompt pasted as the question: asked with its roles twice, without a word."""
-    ask = "--prompt", question, "--image", ROOT / "weights/shapes/example.png", "--max-new-tokens", 1
+    ask = "--prompt", question, "--image", PICTURE, "--max-new-tokens", 1
     status, _, err = run(*ask, "--template", "Q: <image>{question} A:" if question[:2] == "Q:" else "shapes")
     assert status == 0 and (f"{NOTE} {signs} and is asked so" in err if signs else NOTE not in err)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"Why?\n{question}\n"))

@@ -20,15 +20,24 @@ def tokenizer(request):
 
 def streamed(tokenizer, ids):
     """Pieces, one for each id ("" where nothing came), and the rest."""
-    pieces, said = [], []
-    stream = Stream(tokenizer, said.append)
+    pieces = [""]
+
+    def say(text):
+        pieces[-1] += text
+
+    stream = Stream(tokenizer, say)
     for id in ids:
-        said.clear()
         stream(id)
-        pieces.append("".join(said))
-    said.clear()
+        pieces.append("")
     stream.finish()
-    return [*pieces, "".join(said)]
+    return pieces
+
+
+def joined(tokenizer, ids):
+    """The whole answer, as the user sees it come and as it is returned in the end."""
+    text = "".join(streamed(tokenizer, ids))
+    assert text == text_of(tokenizer, ids) == text.strip(), ids
+    return text
 
 
 def byte_id(tokenizer, byte):
@@ -62,15 +71,9 @@ def test_pieces_are_the_text(tokenizer):
     """A bare exception of the tokenizers library on half a character; bytes given out before a later one spoils them; a
     space or line break at the end that the answer's text has not."""
     for seed in range(300):
-        ids = random_ids(tokenizer, seed)
-        assert "".join(streamed(tokenizer, ids)) == text_of(tokenizer, ids) == text_of(tokenizer, ids).strip(), ids
-
-
-@pytest.mark.parametrize("text", ["A red circle", "line\nbreaks\n\nand 🦊 猫!", "  spaces  here "])
-def test_text_survives(tokenizer, text):
-    """A test that passes because nothing is ever said."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    assert "".join(streamed(tokenizer, ids)) == text.strip()
+        joined(tokenizer, random_ids(tokenizer, seed))
+    for text in ("A red circle", "line\nbreaks\n\nand 🦊 猫!", "  spaces  here "):  # and something is said at all
+        assert joined(tokenizer, tokenizer.encode(text, add_special_tokens=False).ids) == text.strip()
 
 
 def test_words_come_at_once(tokenizer):
@@ -87,23 +90,20 @@ def test_bad_bytes_of_llama():
     tokenizer = make_tokenizer("llama-prepend")
     newline, half = (byte_id(tokenizer, byte) for byte in (0x0A, 0xE4))
     word = tokenizer.encode("red", add_special_tokens=False).ids
-    assert "".join(streamed(tokenizer, [*word, newline, half, *word])) == "red\ufffd\ufffd red"
-    assert "".join(streamed(tokenizer, [*word, newline])) == "red"
-    assert "".join(streamed(tokenizer, [*word, half])) == "red\ufffd"
+    assert joined(tokenizer, [*word, newline, half, *word]) == "red\ufffd\ufffd red"
+    assert joined(tokenizer, [*word, newline]) == "red" and joined(tokenizer, [*word, half]) == "red\ufffd"
 
 
 def test_special_tokens_within_a_character(tokenizer):
     """A special token taken for the end of a run of bytes, which is decoded without it."""
     fox = [byte_id(tokenizer, byte) for byte in "🦊".encode()]
-    ids = [*fox[:2], tokenizer.token_to_id("</s>"), *fox[2:]]
-    assert "".join(streamed(tokenizer, ids)) == text_of(tokenizer, ids) == "🦊"
+    assert joined(tokenizer, [*fox[:2], tokenizer.token_to_id("</s>"), *fox[2:]]) == "🦊"
     for nothing in (tokenizer.token_to_id("</s>"), tokenizer.get_vocab_size() + 3):
-        ids = [byte_id(tokenizer, ord("x")), nothing, byte_id(tokenizer, 0xE4)]
-        assert "".join(streamed(tokenizer, ids)) == text_of(tokenizer, ids)
+        joined(tokenizer, [byte_id(tokenizer, ord("x")), nothing, byte_id(tokenizer, 0xE4)])
 
 
 def test_a_decoder_that_joins_words():
     """WordPiece: what a token adds depends on the one before."""
     tokenizer = Tokenizer(models.WordPiece({"a": 0, "##b": 1, ".": 2, "[UNK]": 3}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
-    assert "".join(streamed(tokenizer, [0, 1, 0, 2, 0])) == text_of(tokenizer, [0, 1, 0, 2, 0])
+    assert joined(tokenizer, [0, 1, 0, 2, 0]) == "ab a. a"

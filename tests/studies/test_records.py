@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from himap_ref import HimapError
+from himap_ref.commands.options import EMBEDDED
 from himap_ref.studies.common.records import Records, fingerprint
 
 SETTINGS = {"method": "himap", "stages": [(2, 0.5)], "seed": 1}
@@ -48,24 +49,25 @@ def test_rows_come_back(tmp_path):
 @pytest.mark.parametrize("settings", [{**SETTINGS, "seed": 2}, {**SETTINGS, "pad": True}, {"method": "himap"}], ids=str)
 def test_other_settings_are_refused(tmp_path, settings):
     """Results of two different runs mixed in one file."""
-    run(tmp_path / "a.jsonl")
-    before = (tmp_path / "a.jsonl").read_bytes()
+    path = tmp_path / "a.jsonl"
+    run(path)
+    before = path.read_bytes()
     with pytest.raises(HimapError, match="choose another --out"):
-        Records(tmp_path / "a.jsonl", settings)
-    assert (tmp_path / "a.jsonl").read_bytes() == before
+        Records(path, settings)
+    assert path.read_bytes() == before
 
 
-OTHERS = ["hello", "hello\n", "[1]\n", "{}\n", '{"settings": 3}\n', "\n", "\xff\n", "[" * 100_000 + "\n"]
+OTHERS = [b"hello", b"hello\n", b"[1]\n", b"{}\n", b'{"settings": 3}\n', b"\n", b"\xff\n", b"[" * 100_000 + b"\n"]
 
 
 @pytest.mark.parametrize("text", OTHERS, ids=range(len(OTHERS)))
 def test_other_files_are_refused(tmp_path, text):
     """Somebody's file appended to, or cut."""
     path = tmp_path / "notes.txt"
-    path.write_bytes(text.encode("latin-1"))
+    path.write_bytes(text)
     with pytest.raises(HimapError, match="notes.txt"):
         Records(path, SETTINGS)
-    assert path.read_bytes() == text.encode("latin-1")
+    assert path.read_bytes() == text
 
 
 def test_second_run_is_refused(tmp_path):
@@ -119,12 +121,9 @@ def test_no_file(tmp_path, make, message):
 
 def test_fingerprint(tmp_path):
     """Weights that differ in one number, of which the results are taken for the other's."""
-    source = Path("weights/shapes/model.safetensors").read_bytes()
-    prints = set()
-    for place in (None, len(source) - 3, 9):
-        data = bytearray(source)
-        if place:
-            data[place] ^= 1
+    data, prints = bytearray((EMBEDDED / "model.safetensors").read_bytes()), set()
+    for place in (0, 9, -3):
+        data[place] ^= place != 0
         (tmp_path / "model.safetensors").write_bytes(data)
         prints.add(fingerprint(tmp_path))
     assert len(prints) == 3

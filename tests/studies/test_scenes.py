@@ -9,27 +9,17 @@ import pytest
 import torch
 from PIL import ImageChops
 
+from himap_ref.studies.questions import scenes
 from himap_ref.studies.questions.drawing import DIGITS, draw
-from himap_ref.studies.questions.scenes import (
-    BACKGROUNDS,
-    COLORS,
-    COLUMNS,
-    GRID,
-    KINDS,
-    PATCH,
-    PLACES,
-    ROWS,
-    SHAPES,
-    SIZE,
-    TEST,
-    make_questions,
-    make_scene,
-)  # fmt: skip
+from himap_ref.studies.questions.scenes import COLORS, GRID, PATCH, PLACES, SHAPES, TEST, make_questions, make_scene
 
 SCENES = [make_scene(seed) for seed in range(TEST, TEST + 300)]
 ASKED = [(scene, question) for scene in SCENES for question in make_questions(scene, 40)]
 SHAPE, COLOR = "|".join(SHAPES), "|".join(COLORS)
 PLACE = "|".join(PLACES)
+BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+NEIGHBOUR = rf"What is ({'|'.join(BESIDE)}) the ({COLOR}) ({SHAPE})\?"
+MORE = rf"Are there more ({COLOR}) things or more ({COLOR}) things\?"
 
 
 def seen(scene):
@@ -47,8 +37,7 @@ def only(found):
 
 
 def place_at(text):
-    row, column = text.split()
-    return ROWS.index(row), COLUMNS.index(column)
+    return divmod(PLACES.index(text), 3)
 
 
 def answer_by_hand(scene, text):
@@ -64,7 +53,7 @@ def answer_by_hand(scene, text):
         return at[place_at(m[1])][1]
     if m := re.fullmatch(rf"Where is the (?:({COLOR}) )?({SHAPE})\?", text):
         row, column = only(those(scene, m[1], m[2]))
-        return f"{ROWS[row]} {COLUMNS[column]}"
+        return PLACES[3 * row + column]
     if m := re.fullmatch(rf"How many (?:({COLOR}) )?things are there\?", text):
         return str(len(those(scene, color=m[1])))
     if m := re.fullmatch(rf"How many ({SHAPE})e?s are there\?", text):
@@ -74,15 +63,14 @@ def answer_by_hand(scene, text):
     if m := re.fullmatch(rf"Is there anything at the ({PLACE})\?", text):
         number = {divmod(scene.number.cell, 3)} if scene.number else set()
         return "yes" if place_at(m[1]) in {*at, *number} else "no"
-    if m := re.fullmatch(rf"What is (left of|right of|above|below) the ({COLOR}) ({SHAPE})\?", text):
-        row, column = only(those(scene, m[2], m[3]))
-        down, right = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[m[1]]
+    if m := re.fullmatch(NEIGHBOUR, text):
+        (row, column), (down, right) = only(those(scene, m[2], m[3])), BESIDE[m[1]]
         return " ".join(at[row + down, column + right])
     if text == "What number is written?":
         return scene.number.digits
     if text == "What pattern is the background?":
         return scene.background
-    if m := re.fullmatch(rf"Are there more ({COLOR}) things or more ({COLOR}) things\?", text):
+    if m := re.fullmatch(MORE, text):
         assert counts[m[1]] != counts[m[2]]
         return max(m[1], m[2], key=counts.__getitem__)
     raise AssertionError(f"no form of question: {text}")
@@ -104,11 +92,10 @@ def shown(scene, text):
     """Where that can be seen which the question is about: the places of its things, by hand."""
     if m := re.search(rf"at the ({PLACE})\?", text):
         return [place_at(m[1])] if place_at(m[1]) in seen(scene) else []
-    if m := re.match(rf"Are there more ({COLOR}) things or more ({COLOR})", text):
+    if m := re.fullmatch(MORE, text):
         return those(scene, m[1]) + those(scene, m[2])
-    if m := re.match(rf"What is (left of|right of|above|below) the ({COLOR}) ({SHAPE})", text):
-        row, column = those(scene, m[2], m[3])[0]
-        down, right = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[m[1]]
+    if m := re.fullmatch(NEIGHBOUR, text):
+        (row, column), (down, right) = only(those(scene, m[2], m[3])), BESIDE[m[1]]
         return [(row, column), (row + down, column + right)]
     if text in ("What number is written?", "What pattern is the background?"):
         return []
@@ -145,10 +132,9 @@ def test_things_of_one_to_four_patches_many_alike():
     assert {len(scene.things) for scene in SCENES} == set(range(1, 10))
     alike = sum(max(Counter(t.color for t in s.things).values()) > 2 for s in SCENES)
     assert alike > len(SCENES) / 4
-    boxes = [(thing.box, thing.cell) for scene in SCENES for thing in (*scene.things, scene.number) if thing]
-    for (x0, y0, x1, y1), cell in boxes:
-        row, column = divmod(cell, 3)
-        assert column * 56 <= x0 < x1 <= column * 56 + 56 and row * 56 <= y0 < y1 <= row * 56 + 56
+    for thing in (thing for scene in SCENES for thing in (*scene.things, scene.number) if thing):
+        (x0, y0, x1, y1), (top, left) = thing.box, (56 * place for place in divmod(thing.cell, 3))
+        assert left <= x0 < x1 <= left + 56 and top <= y0 < y1 <= top + 56
     assert all(len({*(t.cell for t in s.things)}) == len(s.things) for s in SCENES)
 
 
@@ -157,8 +143,7 @@ def test_no_form_of_question_gives_its_answer_away():
     by_form = defaultdict(Counter)
     firsts = [{q.kind: q for q in reversed(make_questions(scene, 60))} for scene in SCENES]  # what evaluations ask
     for question in (question for by_kind in firsts for question in by_kind.values()):
-        first = re.sub(rf"\b({COLOR}|{SHAPE}|{PLACE})", "_", question.text.split("\n")[0])
-        answer = question.answer
+        first, answer = re.sub(rf"\b({COLOR}|{SHAPE}|{PLACE})", "_", question.text.split("\n")[0]), question.answer
         if first.startswith("Are there more"):
             answer = str(question.text.index(answer) < 20)
         by_form[question.kind, first][answer] += 1
@@ -166,23 +151,22 @@ def test_no_form_of_question_gives_its_answer_away():
         most = max(answers.values()) / answers.total()
         slack = 1.5 * answers.total() ** -0.5  # three standard errors
         assert most < {"yesno": 0.5, "whole": 0.5, "count": 0.4}.get(kind, 0.25) + slack, (form, answers)
-    assert {kind for kind, _ in by_form} == set(KINDS)
+    assert {kind for kind, _ in by_form} == set(scenes.KINDS)
     counts = Counter(by_kind["count"].answer for by_kind in firsts)
     assert counts["0"] + counts["1"] < 0.3 * counts.total()
     assert {q.answer for _, q in ASKED if q.kind == "count"} == set("0123456789")
-    assert {q.answer for _, q in ASKED if q.text.endswith("background?")} == set(BACKGROUNDS)
+    assert {q.answer for _, q in ASKED if q.text.endswith("background?")} == set(scenes.BACKGROUNDS)
 
 
 def test_a_seed_is_a_scene():
     """A picture that changes with the number of questions; two seeds alike; questions that come in another order."""
     scene = make_scene(5)
-    before = draw(scene).tobytes()
-    many = make_questions(scene, 30)
+    before, many = draw(scene).tobytes(), make_questions(scene, 30)
     assert make_questions(scene, 8) == many[:8] and draw(make_scene(5)).tobytes() == before
     assert len({draw(make_scene(seed)).tobytes() for seed in range(50)}) == 50
     assert make_questions(scene, 8, seed=6) != many[:8]
     assert {q.kind for q in make_questions(scene, 30, kinds=("count", "color"))} == {"count", "color"}
-    assert draw(scene).size == (SIZE, SIZE) and len(set(DIGITS)) == 10
+    assert draw(scene).size == (GRID * PATCH, GRID * PATCH) and len(set(DIGITS)) == 10
 
 
 @pytest.mark.parametrize("arguments", [(-1,), (0, 0), (0, 10), (0, 2, 3)])
