@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 import pytest
+from toys import noise
 
 from himap_ref.assistant.picture import load_image
 from himap_ref.commands.ask import EXAMPLE
@@ -27,7 +28,8 @@ def test_answers(shapes, method):
 
 
 def test_the_example_needs_its_picture(shapes):
-    """A first answer that shows nothing: the words alone give it, or the note says that it was not trained on."""
+    """A first answer that shows nothing, or under a note; nonsense about a photograph given without a word."""
     picture, question = load_image(EXAMPLE[0]), EXAMPLE[1]
     with_it, without = shapes.generate(picture, question).text, shapes.generate(None, question).text
     assert with_it == "yellow" != without and note_on(shapes, picture, question) is None
+    assert note_on(shapes, noise(200, 150), "What is it?").startswith("a strange picture and a strange question: this")

@@ -40,12 +40,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------- questions
-
-
 def test_all_that_scenes_ask_is_known():
-    """A new wording, colour or kind that himap.json does not know, so that the model's own questions are strange; a
-    form that nobody asks any more."""
+    """A new wording, colour or kind that himap.json does not know; a form that nobody asks any more."""
     forms, asked = question_forms(), {kind: set() for kind in KINDS}
     for seed in range(TEST, TEST + 300):
         for question in make_questions(make_scene(seed), 60):
@@ -86,9 +82,6 @@ def test_known_questions(model, scene_picture):
         assert note_on(model, scene_picture, question) is None
     assert is_known("a.c (d", "x\n\na.c ({d|e.}") and not is_known("abc (d", "a.c ({d|e.}")
     assert not is_known("a.c (eX", "a.c ({d|e.}") and is_known("{x", "{x")
-
-
-# ---------------------------------------------------------------- pictures
 
 
 def jpeg(image, quality):
@@ -154,9 +147,6 @@ def test_strange_pictures(model, image):
     strange = "a strange picture" if image else "no picture"
     assert note_on(model, image, QUESTION).startswith(f"{strange}: this small model knows")
     assert note_on(model, image, "What?").startswith(f"{strange} and a strange question: this")
-
-
-# ---------------------------------------------------------------- who says it
 
 
 @pytest.mark.parametrize("left", [(), ("note",), ("palette", "questions"), ("note", "palette"), ("note", "questions")])

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import pytest
 from PIL import Image
-from toys import noise
 
 from himap_ref.commands.ask import EXAMPLE
 
@@ -41,6 +40,8 @@ def test_json(run):
     assert all(layer["flops"] == sum(layer["parts"].values()) for layer in data["layers"])
     numbers = sum(layer["keys"] for layer in data["layers"]) * 2 * 4 * 32  # keys and values, 4 heads of 32
     assert data["kv_cache_bytes"] == 4 * numbers  # fp32
+    data = json.loads(run("--json", "--image", "none", "--prompt", "hello")[1])
+    assert data["image_span"] is None and data["stages"] == [] and data["flops"]["vision"] == 0
 
 
 def test_methods(run):
@@ -78,19 +79,6 @@ def test_what_is_left_out(run, given):
     said = "What number is written?" if "--prompt" in given else QUESTION
     assert f"question  {said}" in err and "picture   " in err and "example.png" in err and "weights   " in err
     assert "method    himap: 144 image tokens; from layer 1 on 72, by text_to_image; from layer 11 on 18, by " in err
-
-
-def test_text_only(run):
-    """Stages applied, or an image span made up, without a picture."""
-    data = json.loads(run("--json", "--image", "none", "--prompt", "hello")[1])
-    assert data["image_span"] is None and data["stages"] == [] and data["flops"]["vision"] == 0
-
-
-def test_foreign_picture(run, tmp_path):
-    """The small model's nonsense about a photograph given without a word."""
-    noise(200, 150).save(tmp_path / "x.png")
-    err = run("--image", tmp_path / "x.png", "--prompt", "What is it?", "--max-new-tokens", 1)[2]
-    assert "knows only drawn scenes" in err and "--weights llava-1.5-7b" in err
 
 
 def test_chat(run, monkeypatch):

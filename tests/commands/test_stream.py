@@ -68,8 +68,7 @@ def random_ids(tokenizer, seed):
 
 
 def test_pieces_are_the_text(tokenizer):
-    """A bare exception of the tokenizers library on half a character; bytes given out before a later one spoils them; a
-    space or line break at the end that the answer's text has not."""
+    """An exception on half a character; bytes given out before a later one spoils them; blanks that the text lacks."""
     for seed in range(300):
         joined(tokenizer, random_ids(tokenizer, seed))
     for text in ("A red circle", "line\nbreaks\n\nand 🦊 猫!", "  spaces  here "):  # and something is said at all

@@ -11,3 +11,8 @@ def small(tmp_path_factory):
     """The folder of a random model that sees scenes as they are, 144 tokens, in three layers."""
     write_small_model(folder := tmp_path_factory.mktemp("small") / "m", side=SIZE)
     return folder
+
+
+@pytest.fixture
+def decoder(tiny_decoder):
+    return tiny_decoder(num_key_value_heads=2)

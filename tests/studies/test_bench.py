@@ -20,7 +20,7 @@ from himap_ref.studies.accuracy.literature import three_matrix_layer
 from himap_ref.studies.accuracy.precision import threads
 from himap_ref.studies.speed import bench, timing
 from himap_ref.studies.speed.bench import Setting, compared, figures, our_answer, told_cores
-from himap_ref.studies.speed.timing import Contestant, Sample, Stopwatch, cores_had, replay, take_turns, typical
+from himap_ref.studies.speed.timing import Contestant, Sample, cores_had, replay, take_turns, typical
 from himap_ref.studies.weights.random_weights import random_model, write
 
 CPU = torch.device("cpu")
@@ -39,16 +39,14 @@ def setting(tiny_llava):
     return Setting(model, torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0)), text=7, new=3)
 
 
-# ---------------------------------------------------------------- figures without a clock
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_answer(setting, name):
-    """Speeds worked out from FLOPs of another run, of one prompt of the batch, or of other steps; +prefix or +reprune
-    that does nothing; bare products of other shapes than those executed, or one forgotten."""
-    contestant = our_answer(setting, name)
-    flops, out = counted(contestant.play, ignore)
+    """Speeds worked out from FLOPs of another run, of one prompt of the batch, or of other steps; decode time in the
+    prefill's; +prefix or +reprune that does nothing; bare products of other shapes than executed, or one forgotten."""
+    contestant, marks = our_answer(setting, name), []
+    flops, out = counted(contestant.play, marks.append)
+    assert marks == ["prefill", "decode", "decode"]
     assert flops == contestant.flops["answer"] == contestant.flops["prefill"] + contestant.flops["decode"]
     assert [len(ids) for ids in out.token_ids] == [3, 3]
     assert contestant.flops["prefill"] == 2 * pass_flops(setting.model.config.text_config, out.traces[0].layers)
@@ -78,7 +76,7 @@ def test_vision(setting, name):
 
 @torch.no_grad()
 def test_kv_bytes_and_tokens(setting):
-    """A cache shown as one prompt's, as bf16 though it is fp32, or as unpruned."""
+    """A cache shown as one prompt's, as bf16's or as unpruned; a word that is the image token, or one's own."""
     contestant = our_answer(setting, TWO)
     x, span = setting.prompt()
     assert (x.shape[1], span) == (58, (35, 51))
@@ -86,13 +84,7 @@ def test_kv_bytes_and_tokens(setting):
     held = sum(tensor.nbytes for layer in out.cache for tensor in (layer.k, layer.v))
     facts = contestant.facts["prefill"]
     assert (facts["kv_bytes"], facts["tokens"]) == (held, "16 > 8 > 2")
-
-
-@torch.no_grad()
-def test_prompt(setting):
-    """A word that is the image token; other words for each contestant."""
-    setting.model.config = replace(setting.model.config, image_token_index=3)
-    setting.text = 400
+    setting.model.config, setting.text = replace(setting.model.config, image_token_index=3), 400
     (x, span), (y, _) = setting.prompt(), setting.prompt(ClsAttention(5))
     assert (x.shape, span) == ((2, 451, 32), (35, 51))
     assert torch.equal(x[:, :35], y[:, :35]) and torch.equal(x[:, 51:], y[:, 40:])
@@ -117,9 +109,6 @@ def test_readers(setting):
         weights = reader.play.func.__closure__[0].cell_contents
         assert {weight.data_ptr() for weight in weights} == {*matrices.values()}
         reader.play(ignore)
-
-
-# ---------------------------------------------------------------- samples
 
 
 @pytest.mark.parametrize("shares, threads, disturbed, seconds, spread", [
@@ -149,17 +138,7 @@ def test_turns(monkeypatch):
     assert played == ["x", "y"] * 4
     for c in two:
         walls = {part: [sample.wall for sample in samples] for part, samples in c.samples.items()}
-        assert walls == {"a": [2] * 3, "b": [1] * 3, "both": [3] * 3}
-        assert c.peak_bytes > 2**20
-
-
-@torch.no_grad()
-def test_the_parts_of_an_answer(setting):
-    """Decode time in the prefill's figure: the first token is where one ends and the other begins."""
-    marks, watch = [], Stopwatch(CPU)
-    our_answer(setting, TWO).play(marks.append)
-    our_answer(replace(setting, new=1), TWO).play(watch)
-    assert marks == ["prefill", "decode", "decode"] and set(watch.parts) == {"prefill"}
+        assert walls == {"a": [2] * 3, "b": [1] * 3, "both": [3] * 3} and c.peak_bytes > 2**20
 
 
 def test_ratios():
@@ -190,9 +169,6 @@ def test_ratios():
     assert compared(rows) == rows
 
 
-# ---------------------------------------------------------------- random weights
-
-
 def small(tiny_llava, **text):
     return tiny_llava(text={"vocab_size": 300, "num_key_value_heads": 2, **text}).config
 
@@ -217,8 +193,9 @@ def written(tiny_llava, tmp_path):
     return tmp_path / "model"
 
 
-def test_written_folder(written, tiny_llava):
-    """A checkpoint with other names, sizes or settings than llava-hf's: its loading would measure something else."""
+def test_written_folder(written, tiny_llava, scene_picture):
+    """A checkpoint with other names, sizes or settings than llava-hf's: its loading would measure something else; one
+    that cannot be asked: no tokenizer for its ids, another picture size, weights that give NaN."""
     folder, config = written, small(tiny_llava)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
@@ -233,11 +210,7 @@ def test_written_folder(written, tiny_llava):
     assert read_config(json.loads((folder / "config.json").read_text())) == config
     with pytest.raises(HimapError, match="holds weights already"):
         write(config, torch.float32, folder)
-
-
-def test_written_folder_answers(written, scene_picture):
-    """A folder that run.py cannot ask: no tokenizer for its ids, another picture size, weights that give NaN."""
-    model = Llava.from_pretrained(written)
+    model = Llava.from_pretrained(folder)
     answer = model.generate(scene_picture, "Is it <image> or é?", max_new_tokens=3)
     start, stop = answer.image_span
     assert answer.prompt_ids[start:stop] == [96] * 16 and answer.prompt_ids[0] == 1 and start > 35
@@ -279,9 +252,6 @@ def test_peer(tiny_llava, tied):
     for part, contestant in zip(("vision", "answer"), contestants, strict=True):
         assert counted(contestant.play, marks.append)[0] == contestant.flops[part]
     assert marks == ["vision", "prefill", "decode", "decode"]
-
-
-# ---------------------------------------------------------------- the command
 
 
 @pytest.fixture
@@ -375,16 +345,12 @@ def test_peers_without_transformers(setting, monkeypatch):
 
 
 def test_cores_that_the_threads_lack(capsys):
-    """Hours of figures from one of two cores, told like any others."""
+    """Hours of figures from one of two cores, told like any others; a figure that does not follow from the cores."""
+    with threads(1):  # which has one, if it has the time
+        assert 0 < cores_had(0.1) < 1.05
     assert told_cores(2, 1.99) == {"cores had": "1.99 of 2"} and capsys.readouterr().err == ""
     assert told_cores(2, 1.0) == {"NOT THIS MACHINE'S SPEED": "2 threads had 1.00 cores"}
     assert "warning: 2 threads get 1.00 cores" in capsys.readouterr().err
-
-
-def test_cores_are_measured():
-    """A figure that does not follow from the cores: here of one thread, which has one, if it has the time."""
-    with threads(1):
-        assert 0 < cores_had(0.1) < 1.05
 
 
 def test_tables_of_disturbed_samples():

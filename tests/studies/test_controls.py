@@ -21,19 +21,13 @@ def asked(id, *targets):
     return Example(id, "?", ("a",), "", None, targets=targets)
 
 
-@pytest.fixture
-def decoder(tiny_decoder):
-    return tiny_decoder(num_key_value_heads=2)
-
-
 def kept(decoder, x, text, examples):
     stages = for_questions(parse_stages(text), examples)
     return [stage.kept.tolist() for stage in decoder(x, SPAN, stages).trace.stages]
 
 
 def test_oracle(decoder, embeddings):
-    """Targets counted from another place, lost at stage 2, or of another prompt of the batch; others kept where there
-    are more targets than places."""
+    """Targets counted from another place, lost at stage 2, or another prompt's; others kept where targets abound."""
     examples = [asked("a", 8), asked("b", 0, 5), asked("c"), asked("d", 1, 2, 3, 6, 7)]
     first, second = kept(decoder, embeddings(4, 17), f"1:4:{ORACLE},3:2:{ORACLE}", examples)
     assert {*second[3]} < {*first[3]} < {1, 2, 3, 6, 7}

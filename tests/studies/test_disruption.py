@@ -11,6 +11,7 @@ from test_pruning import slow_decoder
 from torch.testing import assert_close
 
 from himap_ref import HimapError, generation
+from himap_ref.assistant.picture import load_image
 from himap_ref.studies.paper import disruption
 from himap_ref.studies.paper.disruption import KINDS, READINGS, Block, blocked, disrupt, draw_rows, summarize, visible
 from himap_ref.studies.questions.examples import Example
@@ -35,11 +36,6 @@ def slow(decoder, x, block, drawn):
     layers = {"only": [block.layer], "from": range(block.layer, T), "upto": range(block.layer + 1)}[block.reading]
     disrupted = torch.tensor([[may_see(block, i, j, drawn) for j in range(n)] for i in range(n)])
     return slow_decoder(decoder, x[0], SPAN, masks=dict.fromkeys(layers, disrupted))[1][-1]
-
-
-@pytest.fixture
-def decoder(tiny_decoder):
-    return tiny_decoder(num_key_value_heads=2)
 
 
 @pytest.fixture
@@ -151,9 +147,6 @@ def test_figures():
     assert summarize([unlabelled], [block])[block]["interval"] is None
 
 
-# ---------------------------------------------------------------- the command
-
-
 @pytest.fixture
 def lines(study, small, tmp_path):
     """Runs it with one scene and two layers; returns what it printed and the results file's lines."""
@@ -191,19 +184,8 @@ def test_table_and_plot(lines, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_broken_picture(lines, monkeypatch):
-    """One broken picture that ends the run, takes the rest of its batch with it, or is passed over in silence."""
-    picture = Example.picture
-
-    def broken(example):
-        raise HimapError("picture is broken")
-
-    monkeypatch.setattr(Example, "picture", lambda e: (broken if e.id.endswith("-color") else picture)(e))
-    shown, (_, *rows) = lines("--kinds", "img2img")
-    rows = [json.loads(row) for row in rows]
-    bad = [row["id"] for row in rows if row.get("error") == "picture is broken"]
-    assert bad and all(id.endswith("-color") for id in bad) and all("results" in r for r in rows if r["id"] not in bad)
-    assert f"{len(rows) - len(bad)} questions, {len(bad)} more could not be asked" in shown
-    monkeypatch.setattr(Example, "picture", broken)
-    with pytest.raises(HimapError, match="none of .* could be asked"):
-        lines("--kinds", "img2img", name="other.jsonl")
+def test_no_picture_at_all(lines, monkeypatch):
+    """A table of nothing, or a traceback."""
+    monkeypatch.setattr(Example, "picture", lambda example: load_image("gone.png"))
+    with pytest.raises(HimapError, match="none of 8 questions could be asked; the first: gone.png: cannot be read"):
+        lines("--kinds", "img2img")

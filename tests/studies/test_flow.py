@@ -23,62 +23,50 @@ from himap_ref.studies.questions.selection import scene_examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXAMPLE = scene_examples(1)[0]
+RECORDED = load_file(GOLDEN / "saliency_cases.safetensors")
 (CASE,) = json.loads((GOLDEN / "saliency_cases.json").read_text())["cases"]
 PLAIN, OFFICIAL = map(flow.DEFINITIONS.index, ("plain", "official"))
 near = {"rtol": 1e-3, "atol": 1e-7}
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    tensors = load_file(GOLDEN / "saliency_cases.safetensors")
-    return {name.removeprefix(f"{CASE['id']}."): value for name, value in tensors.items()}
-
-
-@pytest.fixture(scope="module")
-def official_run(official, recorded):
-    return flow.ForwardPass(official, recorded["inputs_embeds"])
-
-
-@pytest.fixture(scope="module")
-def official_saliency(official_run):
+def saliency(run, label):
     """(layers, 2, n, n), the first layer first."""
-    return torch.stack(list(official_run.saliency(CASE["label"]))[::-1])
+    return torch.stack(list(run.saliency(label))[::-1])
 
 
-# ---------------------------------------------------------------- against the official code
+def recorded(name):
+    return RECORDED[f"{CASE['id']}.{name}"]
 
 
-def test_official_loss(official_run, recorded):
-    """A forward pass that is not the model's, or a loss at another position or of another token."""
-    assert_close(official_run.logits, recorded["logits_last"], rtol=0, atol=2e-4)
+@pytest.fixture(scope="module")
+def official_run(official):
+    return flow.ForwardPass(official, recorded("inputs_embeds"))
+
+
+def test_official_sums(official_run):
+    """Another forward pass or loss; heads averaged before the absolute value, A once, rows for columns, last first."""
+    assert_close(official_run.logits, recorded("logits_last"), rtol=0, atol=2e-4)
     loss = F.cross_entropy(official_run.logits[None], torch.tensor([CASE["label"]]))
     assert_close(loss.item(), CASE["loss"], rtol=1e-4, atol=0)
-
-
-def test_official_sums(official_saliency, recorded):
-    """Heads averaged before the absolute value, A once instead of twice, rows for columns, the last layer first."""
-    S = official_saliency[:, OFFICIAL]
-    assert_close(S.sum(dim=2), recorded["row_sum"], **near)
-    assert_close(S.sum(dim=1), recorded["col_sum"], **near)
+    S = saliency(official_run, CASE["label"])[:, OFFICIAL]
+    assert_close(S.sum(dim=2), recorded("row_sum"), **near)
+    assert_close(S.sum(dim=1), recorded("col_sum"), **near)
     assert not S[-1, :-1].any() and S[-1, -1].any()  # in the last layer only the last row matters
 
 
-def test_official_figures(official_saliency, recorded):
+def test_official_figures(official_run):
     """The "props for all" by key column or undivided, those for image divided, or text->image for image->text."""
     groups = flow.groups_of((CASE["sys_length"], CASE["sys_length"] + CASE["img_length"]), CASE["n"])
-    layers = [flow.flows(S, groups) for S in official_saliency]
+    layers = [flow.flows(S, groups) for S in saliency(official_run, CASE["label"])]
     tokens = {group: place.stop - place.start for group, place in groups.items()}
     assert list(tokens.values()) == [CASE["sys_length"], CASE["img_length"], CASE["txt_length"]]
     row = {"tokens": tokens, "official": {name: [layer[name][OFFICIAL] for layer in layers] for name in layers[0]}}
     shown = flow.by_layer(row, "official")
     props4all = torch.tensor([shown[f"into {group}"] for group in ("system", "image", "text")]).T
     props4img = torch.tensor([shown["image->image"], shown["image->text"]]).T
-    assert_close(props4all, recorded["props4all"], **near)
-    assert_close(props4img, recorded["props4img"], **near)
+    assert_close(props4all, recorded("props4all"), **near)
+    assert_close(props4img, recorded("props4img"), **near)
     assert not any(shown["text->image"]) and props4all[-1, :2].tolist() == [0, 0] and props4img[-1, 0] == 0
-
-
-# ---------------------------------------------------------------- against arithmetic that knows no autograd
 
 
 def slow_loss(decoder, x, label, *bump):
@@ -92,7 +80,7 @@ def test_finite_differences(tiny_decoder, embeddings, kv_heads):
     decoder = tiny_decoder(num_hidden_layers=2, num_key_value_heads=kv_heads).double()
     x, label, n, step = embeddings(1, 5).double(), 5, 5, 1e-5
     run = flow.ForwardPass(decoder, x)
-    got = torch.stack(list(run.saliency(label))[::-1])  # (layers, 2, n, n)
+    got = saliency(run, label)
     want = torch.zeros_like(got, dtype=torch.float64)
     for i in range(2):
         A = flow.run_layer(decoder.layers[i], run.states[i], run.cos_sin)[1][0]
@@ -147,30 +135,23 @@ def test_fp16_of_a_sure_answer(shapes):
 def test_fp16_of_large_states(tiny_decoder, embeddings):
     """Gradients that become too small on the way, as behind LLaMA's few huge activations."""
     decoder, x = tiny_decoder().half(), 4000 * embeddings(1, 12).half()
-    got = torch.stack(list(flow.ForwardPass(decoder, x).saliency(3)))
-    want = torch.stack(list(flow.ForwardPass(decoder.float(), x.float()).saliency(3)))
+    got = saliency(flow.ForwardPass(decoder, x), 3)
+    want = saliency(flow.ForwardPass(decoder.float(), x.float()), 3)
     others = slice(0, 11)  # the rows before the last: their gradients have gone through a layer of attention
     assert_close(got[:, :, others].sum(dim=(2, 3)), want[:, :, others].sum(dim=(2, 3)), rtol=0.05, atol=0)
 
 
-# ---------------------------------------------------------------- directions and means
-
-
 def test_directions():
-    """Source and target exchanged, or a group's border off by one."""
+    """Source and target exchanged, a group's border off by one; a mean over pairs that no causal model can see."""
     S = torch.zeros(2, 6, 6)  # 1 system, 3 image, 2 text tokens
     S[PLAIN, 4, 3], S[PLAIN, 2, 0], S[PLAIN, 5, 4], S[OFFICIAL, 3, 1] = 1.0, 2.0, 4.0, 8.0
     sums = flow.flows(S, flow.groups_of((1, 4), 6))
     wanted = {"image->text": 1.0, "system->image": 2.0, "text->text": 4.0}
     assert {name: value[PLAIN] for name, value in sums.items()} == dict.fromkeys(flow.DIRECTIONS, 0.0) | wanted
     assert sums["image->image"][OFFICIAL] == 8.0
-
-
-def test_visible_pairs():
-    """A mean over pairs that no causal model can see, which makes image->image look half as strong."""
-    tokens = {"system": 2, "image": 3, "text": 4}
-    sums = flow.flows(torch.ones(2, 9, 9).tril(), flow.groups_of((2, 5), 9))
-    assert {name: flow.visible_pairs(name, tokens) for name in sums} == {name: v[0] for name, v in sums.items()}
+    seen, tokens = torch.ones(2, 9, 9).tril(), {"system": 2, "image": 3, "text": 4}
+    for name, (pairs, _) in flow.flows(seen, flow.groups_of((2, 5), 9)).items():
+        assert flow.visible_pairs(name, tokens) == pairs, name
 
 
 def test_by_layer():
@@ -185,9 +166,6 @@ def test_by_layer():
     louder = {**row, "plain": {name: [1000 * value for value in layers] for name, layers in sums.items()}}
     assert flow.mean_by_layer([row, louder], "plain")["image->text"] == [3003.0]
     assert flow.mean_by_layer([row, louder], "plain", equal=True)["image->text"] == [0.75]
-
-
-# ---------------------------------------------------------------- the label
 
 
 def test_label_is_what_the_model_says(shapes):
@@ -211,8 +189,7 @@ def test_label_with_any_tokenizer(tiny_llava, style):
 
 
 def test_refused(shapes):
-    """A caption file without answers, or a label that is no token, ends in a traceback; a prompt beyond the context,
-    where the model's attention means nothing, measured all the same."""
+    """A caption without answers, or a label that is no token: a traceback; a prompt beyond the context: measured."""
     with pytest.raises(HimapError, match="--label greedy"):
         flow.answer_label(shapes, replace(EXAMPLE, answers=(" ",)))
     run, _, _ = flow.prepare(shapes, EXAMPLE, "greedy")
@@ -220,9 +197,6 @@ def test_refused(shapes):
         next(run.saliency(502))
     with pytest.raises(HimapError, match="context"):
         flow.measure(shapes, replace(EXAMPLE, question="star " * 600), "greedy")
-
-
-# ---------------------------------------------------------------- the study
 
 
 @pytest.fixture
@@ -251,19 +225,11 @@ def test_resume(flows, tmp_path, monkeypatch):
     assert flows("--limit", 3, "--saliency", "official", "--equal")[1] == lines
 
 
-def test_broken_picture(flows, tmp_path):
-    """One broken picture that ends the run, or that is left out without a word."""
-    entries = [{"id": name, "image": name, "text": "How many things are there?", "label": "1"} for name in ("a", "b")]
-    (tmp_path / "questions.json").write_text(json.dumps(entries))
-    Image.new("RGB", (168, 168), "white").save(tmp_path / "a", "png")
-    (tmp_path / "b").write_bytes(b"no picture")
-    asked = "--questions", tmp_path / "questions.json", "--image-folder", tmp_path, "--label", "greedy"
-    out, lines = flows(*asked)
-    assert "mean of 1 examples" in out and "1 could not be used" in out and "error" in json.loads(lines[-1])
-    (tmp_path / "flow.jsonl").unlink()
-    (tmp_path / "a").unlink()
-    with pytest.raises(HimapError, match="none of 2 examples could be used"):
-        flows(*asked)
+def test_no_picture_at_all(flows, tmp_path):
+    """A table of nothing, or a traceback."""
+    (tmp_path / "q.json").write_text('[{"id": 1, "image": "a.png", "text": "How many things are there?"}]')
+    with pytest.raises(HimapError, match="none of 1 examples could be used"):
+        flows("--questions", tmp_path / "q.json", "--image-folder", tmp_path)
 
 
 def test_show(flows, tmp_path):
@@ -273,12 +239,13 @@ def test_show(flows, tmp_path):
         assert sheet.size == (8 * (168 + 12) + 12, 5 * (168 + 24 + 6) + 12)  # panels of 12 x 14 pixels
 
 
-# ---------------------------------------------------------------- plots
-
-
 def test_bars(flows, tmp_path):
-    """A bar chart that does not draw."""
+    """A bar chart that does not draw; a check beforehand that empties or removes the picture of an earlier run."""
     pytest.importorskip("matplotlib")
+    (tmp_path / "old.png").write_bytes(b"old")
+    for name in ("old.png", "new.png"):
+        check_picture(tmp_path / name)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
     flows("--limit", 1, "--plot", tmp_path / "new" / "flow.png")
     with Image.open(tmp_path / "new" / "flow.png") as picture:
         assert picture.size == (1800, 1200)
@@ -294,12 +261,3 @@ def test_no_matplotlib(flows, tmp_path, monkeypatch):
     with pytest.raises(HimapError, match="plots"):
         flows("--plot", tmp_path / "x.png")
     assert not (tmp_path / "flow.jsonl").exists() and len(flows("--limit", 1)[1]) == 2
-
-
-def test_check_leaves_a_picture_as_it_was(tmp_path):
-    """A check that empties or removes the picture of an earlier run."""
-    pytest.importorskip("matplotlib")
-    (tmp_path / "old.png").write_bytes(b"old")
-    check_picture(tmp_path / "old.png")
-    check_picture(tmp_path / "new.png")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

@@ -17,29 +17,22 @@ from himap_ref.studies.questions.examples import Example
 from himap_ref.studies.questions.labels import options_of
 
 
-def example(*answers):
-    return Example("q1", "Which?", answers, "", Path("a.png"))
+def example(*answers, question="Which?"):
+    return Example("q1", question, answers, "", Path("a.png"))
 
 
-def score(metric, answer, *answers):
-    return METRICS[metric].score(answer, example(*answers))
+def score(metric, answer, *answers, question="Which?"):
+    return METRICS[metric].score(answer, example(*answers, question=question))
 
 
 def test_every_metric_by_its_name():
-    """A metric under another's name, or one without any figure."""
+    """A metric under another's name, or one without any figure; a division by zero when no question could be asked."""
     assert list(METRICS) == ["letter", "scienceqa", "choice", "exact", "vqa", "pope", "cider"]
-    assert all(metric.name == name and metric.about for name, metric in METRICS.items())
     assert [name for name, metric in METRICS.items() if metric.score is None] == ["cider"]
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_nothing_to_judge(name):
-    """A division by zero when no question could be asked."""
-    with pytest.raises(HimapError, match=f"{name}: there are no answers"):
-        METRICS[name].summary([])
-
-
-# ---------------------------------------------------------------- exact
+    for name, metric in METRICS.items():
+        assert metric.name == name and metric.about
+        with pytest.raises(HimapError, match=f"{name}: there are no answers"):
+            metric.summary([])
 
 
 @pytest.mark.parametrize("name", ["letter", "exact"])
@@ -51,13 +44,7 @@ def test_exact(name):
     assert METRICS[name].summary([("B", example("B")), ("A", example("B"))]) == {"accuracy": 0.5}
 
 
-# ---------------------------------------------------------------- letters
-
 WHERE = "Which colony?\nA. Maine\nB. Rhode Island\nC. Iowa"
-
-
-def asked(question, *answers):
-    return Example("q1", question, answers, "", None)
 
 
 LETTERS = {  # (LLaVA's rule, any form): the answers read so
@@ -79,15 +66,15 @@ def test_letters(answer, llava, any_form):
     assert llava_letter(answer) == llava
     assert choice_letter(answer, options_of(WHERE)) == any_form and choice_letter("red", ("red", "Red.")) == ""
     for name, letter in (("scienceqa", llava), ("choice", any_form)):
-        assert [METRICS[name].score(answer, asked(WHERE, right)) for right in "ABC"] == [letter == x for x in "ABC"]
+        assert [score(name, answer, right, question=WHERE) for right in "ABC"] == [letter == x for x in "ABC"]
 
 
 @pytest.mark.parametrize("right", ["B", "(B)", "B.", "b", "B. Rhode Island", "Rhode Island", "The answer is B."])
 def test_labels_of_letters(right):
     """A model that is right and judged wrong for how the file writes its label."""
     for name in ("scienceqa", "choice"):
-        METRICS[name].check([asked(WHERE, right)])
-        assert [METRICS[name].score(answer, asked(WHERE, right)) for answer in "ABC"] == [0, 1, 0]
+        METRICS[name].check([example(right, question=WHERE)])
+        assert [score(name, answer, right, question=WHERE) for answer in "ABC"] == [0, 1, 0]
 
 
 def test_letters_need_letters():
@@ -95,8 +82,8 @@ def test_letters_need_letters():
     for name, question, right in (("scienceqa", WHERE, "Ohio"), ("choice", WHERE, "D"), ("choice", "Which?", "red"),
                                   ("letter", WHERE, "(B)"), ("letter", WHERE, "Rhode Island")):  # fmt: skip
         with pytest.raises(HimapError, match="right answer of q1.*no (capital )?letter"):
-            METRICS[name].check([asked(WHERE, "B"), asked(question, right)])
-    METRICS["letter"].check([asked(WHERE, "B")])
+            METRICS[name].check([example("B", question=WHERE), example(right, question=question)])
+    METRICS["letter"].check([example("B", question=WHERE)])
 
 
 OPTIONS = {
@@ -111,9 +98,6 @@ OPTIONS = {
 def test_options_of(question, options):
     """An index or an option's text that stands for another letter."""
     assert options_of(question) == options
-
-
-# ---------------------------------------------------------------- VQA
 
 
 NORMALIZED = {
@@ -137,39 +121,26 @@ def test_normalize(answer, expected):
 
 @pytest.mark.parametrize("agree, expected", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_vqa_of_ten(agree, expected):
-    """min(n / 3, 1) without the averaging: 1/3, 2/3, 1 for one, two and three agreeing people.
-
-    By hand for two: eight times one of the others is left out, 2/3 each; twice one of the two, 1/3 each: 0.6.
-    """
+    """min(n / 3, 1) without the averaging: 1/3, 2/3, 1 for one, two and three agreeing people."""
+    # by hand for two: eight times one of the others is left out, 2/3 each; twice one of the two, 1/3 each: 0.6
     answers = ["Two"] * agree + ["dog"] * (10 - agree)
     assert score("vqa", "2.", *answers) == pytest.approx(expected)
 
 
-def test_vqa_is_the_mean_over_leaving_one_out():
-    """The closed form at odds with the definition."""
+def test_vqa_of_any_number():
+    """The closed form at odds with leaving each out; one answer worth nothing; five that are not as if given twice."""
     rng = random.Random(0)
     for _ in range(200):
         answers = rng.choices("xyz", k=rng.randint(10, 12))
         rest = [answers[:i] + answers[i + 1 :] for i in range(len(answers))]
         expected = mean(min(others.count("x") / 3, 1) for others in rest)
         assert score("vqa", "x", *answers) == pytest.approx(expected)
-
-
-def test_vqa_of_fewer():
-    """A lone right answer worth nothing, since leaving it out leaves none; OK-VQA's five not as if given twice."""
     assert score("vqa", "cat", "cat") == 1 and score("vqa", "dog", "cat") == 0
     for agree in range(6):
         five = ["x"] * agree + ["y"] * (5 - agree)
         assert score("vqa", "x", *five) == pytest.approx(score("vqa", "x", *five, *five))
-
-
-def test_vqa_summary():
-    """A mean over answers, not over people."""
     ten = example(*["x"] * 2, *["y"] * 8)
     assert METRICS["vqa"].summary([("x", ten), ("y", ten), ("z", ten)])["accuracy"] == pytest.approx((0.6 + 1) / 3)
-
-
-# ---------------------------------------------------------------- POPE
 
 
 SAYS_YES = {
@@ -187,24 +158,15 @@ def test_says_yes(answer, expected):
 
 
 def test_pope_figures():
-    """Precision and recall exchanged, or the wrong class positive.
-
-    By hand: said/true yes/yes 3, yes/no 1, no/yes 2, no/no 4: accuracy 7/10, precision 3/4, recall 3/5, F1 2/3.
-    """
+    """Precision and recall exchanged, or the wrong class positive; a division by zero if nobody says yes, or all do."""
     cells = (("Yes", "yes", 3), ("Yes", "no", 1), ("No", "yes", 2), ("No", "no", 4))
     answered = [(said, example(true)) for said, true, n in cells for _ in range(n)]
-    figures = METRICS["pope"].summary(answered)
+    figures = METRICS["pope"].summary(answered)  # by hand: 7/10, 3/4, 3/5
     assert figures == pytest.approx({"accuracy": 0.7, "precision": 0.75, "recall": 0.6, "f1": 2 / 3, "yes_share": 0.4})
-    assert list(figures)[0] == "accuracy"
-    assert sum(METRICS["pope"].score(answer, e) for answer, e in answered) == 7
-
-
-@pytest.mark.parametrize(("said", "true"), [("no", "no"), ("no", "yes"), ("yes", "no")])
-def test_pope_without_a_hit(said, true):
-    """A division by zero if nobody says yes, or nothing is there."""
-    figures = METRICS["pope"].summary([(said, example(true))])
-    assert figures["precision"] == figures["recall"] == figures["f1"] == 0
-    assert figures["accuracy"] == (said == true)
+    assert list(figures)[0] == "accuracy" and sum(METRICS["pope"].score(*pair) for pair in answered) == 7
+    for said, true in (("no", "no"), ("no", "yes"), ("yes", "no")):
+        figures = METRICS["pope"].summary([(said, example(true))])
+        assert figures["precision"] == figures["recall"] == figures["f1"] == 0 and figures["accuracy"] == (said == true)
 
 
 def test_pope_needs_yes_or_no():
@@ -215,18 +177,11 @@ def test_pope_needs_yes_or_no():
             judge("yes", example("B"))
 
 
-# ---------------------------------------------------------------- captions
-
 CAPTIONS = [
     ("a red dog", ("A red dog.", "The dog is red!")),
     ("two\u2028cats\non a mat", ("Two cats, on a mat", "cats sleeping")),  # a line break within the answer
     ("", ("A plate of food",)),
 ]
-
-
-@pytest.fixture
-def library():
-    pytest.importorskip("pycocoevalcap", reason="pip install 'himap-ref[captions]'")
 
 
 def cider_by_the_formula(answered):
@@ -252,8 +207,9 @@ def cider_by_the_formula(answered):
     return sum(one(a, rs, n) / 4 for a, rs in answered for n in (1, 2, 3, 4)) / len(answered)
 
 
-def test_cider(library, capfd):
+def test_cider(capfd):
     """References and answers exchanged or shifted by a line, a length or scale of another variant of CIDEr."""
+    pytest.importorskip("pycocoevalcap", reason="pip install 'himap-ref[captions]'")
     if shutil.which("java") is None:
         pytest.skip("Java is not installed")
     figures = METRICS["cider"].summary([(answer, example(*references)) for answer, references in CAPTIONS])
@@ -262,8 +218,9 @@ def test_cider(library, capfd):
 
 
 @pytest.mark.parametrize("java, message", [("", "needs Java"), ("#!/bin/sh\necho a\n", "lost lines")])
-def test_cider_of_a_broken_java(library, monkeypatch, tmp_path, capfd, java, message):
+def test_cider_of_a_broken_java(monkeypatch, tmp_path, capfd, java, message):
     """A traceback, another tokeniser's figures, or captions compared with those of other pictures."""
+    pytest.importorskip("pycocoevalcap", reason="pip install 'himap-ref[captions]'")
     if java:  # one that stops in the middle
         (tmp_path / "java").write_text(java)
         (tmp_path / "java").chmod(0o755)
@@ -279,14 +236,9 @@ def test_cider_without_the_library(monkeypatch):
         METRICS["cider"].summary([("a", example("a"))])
 
 
-# ---------------------------------------------------------------- chance
-
-
 def test_wilson():
-    """The plain normal interval, which says nothing at 0 and 1. The first is Wilson's formula by hand:
-
-    p = 0.5, n = 10, z^2 = 3.8416: middle 0.69208 / 1.38416 = 0.5, half sqrt(0.025 + 0.0096) * 1.96 / 1.38416 = 0.2634.
-    """
+    """The plain normal interval, which says nothing at 0 and 1."""
+    # by hand: z^2 = 3.8416, middle 0.69208 / 1.38416 = 0.5, half sqrt(0.025 + 0.0096) * 1.96 / 1.38416 = 0.2634
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(20, 20) == pytest.approx((20 / 23.8416, 1))
 
@@ -301,21 +253,13 @@ def test_bootstrap():
 
 
 def test_paired():
-    """Lost and won exchanged, or a one-sided test. By hand: 1 of 6 flips: 2 * (1 + 6) / 2^6 = 0.21875."""
+    """Lost and won exchanged, or a one-sided test; powers beyond the floats; other questions compared; 0 / 0."""
     a, b = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]
-    assert paired(a, b) == pytest.approx({"agreement": 0.5, "lost": 1, "won": 5, "p": 0.21875})
+    assert paired(a, b) == pytest.approx({"agreement": 0.5, "lost": 1, "won": 5, "p": 2 * (1 + 6) / 2**6})  # 1 of 6
     assert paired([True, False], [True, False]) == {"agreement": 1, "lost": 0, "won": 0, "p": 1}
     assert paired([True, False], [False, True])["p"] == 1  # twice 3/4 would be more than certain
-
-
-def test_paired_with_many_flips():
-    """Powers of two beyond the floats. By the normal curve: 50 of 2100 off, half a flip less: z = 99 / sqrt(2100)."""
-    result = paired([True] * 1000 + [False] * 1100, [False] * 1000 + [True] * 1100)
-    assert result["p"] == pytest.approx(math.erfc(99 / math.sqrt(2 * 2100)), abs=1e-4)
-
-
-@pytest.mark.parametrize(("a", "b"), [([], []), ([True], [True, False])])
-def test_paired_needs_pairs(a, b):
-    """The shorter run's questions compared with others, or a division by zero."""
-    with pytest.raises(HimapError, match="cannot be paired"):
-        paired(a, b)
+    many = paired([True] * 1000 + [False] * 1100, [False] * 1000 + [True] * 1100)  # 50 off, half a flip less
+    assert many["p"] == pytest.approx(math.erfc(99 / math.sqrt(2 * 2100)), abs=1e-4)  # by the normal curve
+    for shorter, longer in (([], []), ([True], [True, False])):
+        with pytest.raises(HimapError, match="cannot be paired"):
+            paired(shorter, longer)

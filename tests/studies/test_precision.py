@@ -32,12 +32,8 @@ def test_figures():
     assert compare(others, mine)["lost"] == 1 and compare({"a": mine["b"]}, {"a": others["b"]})["won"] == 1
     with pytest.raises(HimapError, match="no question could be asked"):
         compare({"d": mine["d"]}, {"d": others["d"]})
-
-
-def test_methods_without_stages():
-    """A mean of nothing where nothing is ranked; a stage that keeps nothing."""
-    assert compare({"a": row([], "x")}, {"a": row([], "x")})["kept_differ"] == []
-    assert compare({"a": row([[]], "x")}, {"a": row([[]], "x")})["kept_differ"] == [0.0]
+    for kept, differ in (([], []), ([[]], [0.0])):  # nothing is ranked; a stage that keeps nothing
+        assert compare({"a": row(kept, "x")}, {"a": row(kept, "x")})["kept_differ"] == differ
 
 
 def test_ways():

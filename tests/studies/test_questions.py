@@ -46,14 +46,10 @@ def ask(tmp_path, folder):
 
     def call(content, *options):
         path = tmp_path / "questions.json"
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        path.write_bytes(data)
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
         return load("--questions", path, "--image-folder", folder, *options)[0]
 
     return call
-
-
-# ---------------------------------------------------------------- scenes
 
 
 def test_scenes_ask_what_the_published_table_asked():
@@ -74,14 +70,10 @@ def test_scenes_ask_what_the_published_table_asked():
 
 
 def test_limit_and_first_seed(ask):
-    """The first N questions, not scenes; another seed not asked; a longer run that could not go on from a shorter; a
-    broken entry beyond the limit in the way."""
+    """N scenes; another seed not asked; a longer run that cannot go on; a broken entry beyond the limit in the way."""
     examples, settings = load("--scenes", 3, "--first-seed", 12, "--limit", 2)
     assert examples == scene_examples(3, 12)[:2] and settings == load("--scenes", 5)[1]
     assert len(ask([PLAIN, OFFICIAL, {}], "--limit", 2)) == 2
-
-
-# ---------------------------------------------------------------- files
 
 
 def test_official_layout(ask, folder):
@@ -105,7 +97,7 @@ def test_evaluation_lines(ask, folder):
 
 
 CHOICES = {"question_id": 7, "image": "a.png", "question": "Which?", "choices": ["red", "blue"]}
-LISTED = "Which?\nA. red\nB. blue"
+CAT, LISTED, LINE = PLAIN["text"], "Which?\nA. red\nB. blue", "Which? (A) dark red (B) blue"
 PARTS = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which?"}]
 
 
@@ -115,51 +107,46 @@ def chat(content, answer="B", **more):
 
 
 READ = {  # what stands there: (entry, question, answers, name of the picture)
-    "one picture in a list": ({**PLAIN, "image": ["a.png"]}, "Is there a cat?", "yes", "a.png"),
-    "images": ({**PLAIN, "image": None, "images": ["a.png"]}, "Is there a cat?", "yes", "a.png"),
-    "images, the same twice": ({**PLAIN, "images": ["a.png"]}, "Is there a cat?", "yes", "a.png"),
-    "an object with a path": ({**PLAIN, "image": {"path": "a.png", "bytes": None}}, "Is there a cat?", "yes", "a.png"),
-    "Windows' slashes": ({**PLAIN, "image": "b\\a.png"}, "Is there a cat?", "yes", "b/a.png"),
-    "no picture": ({**PLAIN, "image": None}, "Is there a cat?", "yes", None),
-    "blank picture": ({**PLAIN, "image": " "}, "Is there a cat?", "yes", None),
-    "empty list": ({**PLAIN, "image": [], "images": [None, ""]}, "Is there a cat?", "yes", None),
-    "fields about no picture": ({**PLAIN, "image": "", "image_id": None, "has_image": False}, "Is there a cat?", "yes",
-                                None),
+    "one picture in a list": ({**PLAIN, "image": ["a.png"]}, CAT, "yes", "a.png"),
+    "images": ({**PLAIN, "image": None, "images": ["a.png"]}, CAT, "yes", "a.png"),
+    "images, the same twice": ({**PLAIN, "images": ["a.png"]}, CAT, "yes", "a.png"),
+    "an object with a path": ({**PLAIN, "image": {"path": "a.png", "bytes": None}}, CAT, "yes", "a.png"),
+    "Windows' slashes": ({**PLAIN, "image": "b\\a.png"}, CAT, "yes", "b/a.png"),
+    "no picture": ({**PLAIN, "image": None}, CAT, "yes", None),
+    "blank picture": ({**PLAIN, "image": " "}, CAT, "yes", None),
+    "empty list": ({**PLAIN, "image": [], "images": [None, ""]}, CAT, "yes", None),
+    "fields about no picture": ({**PLAIN, "image": "", "image_id": None, "has_image": False}, CAT, "yes", None),
     "roles": (chat("<image>\nWhich?", image="a.png"), "Which?", "B", "a.png"),
     "roles, from and value": ({"id": 7, "conversations": [{"from": "user", "value": "Which?"},
-                               {"from": "assistant", "value": "B"}]}, "Which?", "B", None),
-    "parts": (chat(PARTS), "Which?", "B", "a.png"),
-    "parts after the text": (chat(PARTS[::-1]), "Which?", "B", "a.png"),
+                                                          {"from": "assistant", "value": "B"}]}, "Which?", "B", None),
+    "parts": (chat(PARTS), "Which?", "B", "a.png"), "parts after the text": (chat(PARTS[::-1]), "Which?", "B", "a.png"),
     "parts, named beside": (chat([{"type": "image"}, PARTS[1]], images=["a.png"]), "Which?", "B", "a.png"),
     "parts, named twice": (chat(PARTS, image="a.png"), "Which?", "B", "a.png"),
     "OpenAI's parts": (chat([PARTS[1], {"type": "image_url", "image_url": {"url": "a.png"}}]), "Which?", "B", "a.png"),
     "an answer in parts": (chat(PARTS, [{"type": "text", "text": "B"}]), "Which?", "B", "a.png"),
     "other roles": ({"id": 7, "conversation": [{"role": "Human", "content": "Which?"},
-                                               {"role": "Bot", "content": "B"}]},
-                    "Which?", "B", None),
-    "whole number": ({**PLAIN, "label": 3}, "Is there a cat?", "3", "a.png"),
-    "zero": ({**PLAIN, "label": 0}, "Is there a cat?", "0", "a.png"),
-    "number": ({**PLAIN, "label": 2.5}, "Is there a cat?", "2.5", "a.png"),
-    "whole number of a table": ({**PLAIN, "label": 3.0}, "Is there a cat?", "3", "a.png"),
+                                               {"role": "Bot", "content": "B"}]}, "Which?", "B", None),
+    "whole number": ({**PLAIN, "label": 3}, CAT, "3", "a.png"), "zero": ({**PLAIN, "label": 0}, CAT, "0", "a.png"),
+    "number": ({**PLAIN, "label": 2.5}, CAT, "2.5", "a.png"),
+    "whole number of a table": ({**PLAIN, "label": 3.0}, CAT, "3", "a.png"),
     "options": ({**CHOICES, "answer": "B"}, LISTED, "B", "a.png"),
     "options by letter": ({**CHOICES, "choices": {"A": "red", "B": "blue"}, "answer": "B"}, LISTED, "B", "a.png"),
     "options with letters": ({**CHOICES, "choices": ["A. red", "(B) blue"], "answer": "B"}, LISTED, "B", "a.png"),
     "options there already": ({**CHOICES, "question": LISTED, "answer": "B"}, LISTED, "B", "a.png"),
     "index": ({**CHOICES, "answer": 1}, LISTED, "B", "a.png"),
     "index of listed options": ({**PLAIN, "text": LISTED, "label": 0.0}, LISTED, "A", "a.png"),
-    "index, options on a line": ({**PLAIN, "text": "Which? (A) dark red (B) blue", "label": 0},
-                                 "Which? (A) dark red (B) blue", "A", "a.png"),
+    "index, options on a line": ({**PLAIN, "text": LINE, "label": 0}, LINE, "A", "a.png"),
     "index by name": ({**CHOICES, "correct_choice_idx": 0}, LISTED, "A", "a.png"),
     "number that is an option": ({**CHOICES, "choices": [2, 1], "answer": "1"}, "Which?\nA. 2\nB. 1", "1", "a.png"),
     "no options": ({**CHOICES, "choices": [], "answer": 1}, "Which?", "1", "a.png"),
-    "an object without a path": ({**PLAIN, "image": {"path": None}}, "Is there a cat?", "yes", None),
+    "an object without a path": ({**PLAIN, "image": {"path": None}}, CAT, "yes", None),
     "options as fields": ({**PLAIN, "text": "Which?", "A": "red", "B": "blue", "label": "B"}, LISTED, "B", "a.png"),
     "a hint": ({**CHOICES, "hint": "Look.", "answer": 1}, f"Context: Look.\n{LISTED}", "B", "a.png"),
     "option's text": ({**CHOICES, "answer": "blue"}, LISTED, "blue", "a.png"),
-    "a list of answers": ({**PLAIN, "label": ["yes"]}, "Is there a cat?", "yes", "a.png"),
-    "no label": ({"id": 7, "image": "a.png", "text": "Is there a cat?"}, "Is there a cat?", None, "a.png"),
-    "label null": ({**PLAIN, "label": None, "answers": []}, "Is there a cat?", None, "a.png"),
-    "label blank": ({**PLAIN, "label": " ", "answers": ["", " "]}, "Is there a cat?", None, "a.png"),
+    "a list of answers": ({**PLAIN, "label": ["yes"]}, CAT, "yes", "a.png"),
+    "no label": ({"id": 7, "image": "a.png", "text": CAT}, CAT, None, "a.png"),
+    "label null": ({**PLAIN, "label": None, "answers": []}, CAT, None, "a.png"),
+    "label blank": ({**PLAIN, "label": " ", "answers": ["", " "]}, CAT, None, "a.png"),
     "nobody answers": ({"id": 7, "image": "a.png", "conversations": turns("Which?")}, "Which?", None, "a.png"),
     "blank answer beside a label": ({"id": 7, "messages": turns("Which?", ""), "answer": "B"}, "Which?", "B", None),
 }  # fmt: skip
@@ -172,16 +159,11 @@ def test_as_people_write_it(ask, folder, entry, question, answer, picture):
     assert ask([entry]) == [Example("7", question, answers, "", source)]
 
 
-def objects(text):
-    """The JSON objects with an id that stand in a text."""
-    starts = (found.start() for found in re.finditer(r'\{"(question_)?id":', text))
-    return [json.JSONDecoder().raw_decode(text[start:].replace("\n", " "))[0] for start in starts]
-
-
 @pytest.mark.parametrize("text", [FORMATS, (Path(__file__).parents[2] / "README.md").read_text("utf-8")])
 def test_documented_formats(ask, text):
     """An example that is not read as written."""
-    entries = objects(text)
+    texts = [text[found.start() :].replace("\n", " ") for found in re.finditer(r'\{"(question_)?id":', text)]
+    entries = [json.JSONDecoder().raw_decode(text)[0] for text in texts]
     examples = [ask([entry])[0] for entry in entries]  # they share ids
     assert len(examples) == 5 and examples[-1].question.endswith("\nA. red\nB. blue")
     pictures = [entry.get("image") or "".join(entry.get("images", [])) for entry in entries]
@@ -203,7 +185,7 @@ def test_several_pictures_are_left_out(ask):
 
 
 def test_one_id_over_several_questions(ask):
-    """TextVQA refused; one of its questions given another's answer; a key that changes when more are asked."""
+    """Several questions of one id refused or mixed up; a key that changes; a copy asked twice, or that contradicts."""
     other, third = {**PLAIN, "text": "Is there a dog?"}, {**PLAIN, "image": None}
     entries = [PLAIN, other, {**PLAIN, "question_id": "7 #2"}, third, {**PLAIN, "category": "k"}]
     examples = ask(entries)
@@ -211,10 +193,6 @@ def test_one_id_over_several_questions(ask):
     assert [e.question for e in examples[:2]] == ["Is there a cat?", "Is there a dog?"]
     assert all(ask(entries, "--limit", n) == examples[:n] for n in range(1, 6))
     assert [e.key for e in ask([{**PLAIN, "question_id": "7 #2"}, PLAIN, other])] == ["7 #2", "7", "7 #3"]
-
-
-def test_copies_are_asked_once(ask):
-    """The same asked and counted twice, or dropped without a trace; contradicting answers taken for copies."""
     examples = ask([PLAIN, OFFICIAL, {**PLAIN, "question_id": "7"}, {**PLAIN, "more": 1}])
     assert [(e.key, e.copies) for e in examples] == [("7", 3), ("5", 1)]
     with pytest.raises(HimapError, match="entry 2: id '7' asks this a second time with another answer"):
@@ -222,18 +200,14 @@ def test_copies_are_asked_once(ask):
 
 
 def test_several_answers(ask):
-    """VQA's ten cut down to the different or non-blank ones, or the single answer taken instead."""
+    """VQA's ten cut down to the different or non-blank ones; a later turn asked, or a greeting taken for the answer."""
     ten = ["red"] * 6 + ["Red", "", "dark red", "red"]
     objects = [{"answer": answer, "answer_id": i} for i, answer in enumerate(ten)]
     for entry in ({**OFFICIAL, "answers": ten}, {**PLAIN, "answers": objects}):
         assert ask([entry])[0].answers == tuple(ten)
     assert ask([{**PLAIN, "label": None, "answer": "x", "answers": None}])[0].answers == ("x",)  # null: not there
-
-
-def test_the_first_question_counts(ask):
-    """A later turn asked, or a greeting taken for the answer."""
-    said = [{"from": "system", "value": "s"}, {"from": "gpt", "value": "Hi"}, *turns("q1", "a1", "q2", "a2")]
-    (example,) = ask([{**OFFICIAL, "conversations": said}])
+    greeted = [{"from": "system", "value": "s"}, {"from": "gpt", "value": "Hi"}, *turns("q1", "a1", "q2", "a2")]
+    (example,) = ask([{**OFFICIAL, "conversations": greeted}])
     assert (example.question, example.answers) == ("q1", ("a1",))
 
 
@@ -258,9 +232,6 @@ def test_picture_missing_or_broken(ask, folder, name):
         example.picture()
 
 
-# ---------------------------------------------------------------- what is refused
-
-
 OUTSIDE = {
     "leads out": ["../secret.png", "b/../../secret.png", "../pictures2/x.png", "b/..\\..\\secret.png", "..\\secret.png",
                   "{tmp}/secret.png", "up/../../secret.png", "\\\\host\\share\\a.png", "//host/a.png"],
@@ -280,8 +251,7 @@ def test_pictures_stay_in_the_folder(ask, tmp_path, folder, message, name):
 
 
 def test_links_and_dots_within_the_folder(ask, tmp_path, folder):
-    """Data sets in the hub's cache, or linked into one folder, refused, or all where the folder's own name is a link;
-    paths that lead nowhere else."""
+    """Data sets in the hub's cache, or linked into one folder, refused; all where the folder's own name is a link."""
     (tmp_path / "blobs").mkdir()
     noise(5, 5).save(tmp_path / "blobs" / "0a1b", "png")
     (folder / "b").mkdir()
@@ -301,7 +271,7 @@ def said(*values):
     return {"conversations": turns(*values)}
 
 
-BAD = [  # what an entry has instead, and the message
+ODD = [  # what an entry has instead, and the message
     ({"id": None}, "`id`.*not nothing"), ({"id": True}, "`id`.*not bool"), ({"id": ["5"]}, "`id`.*not list"),
     ({"image": None}, "no image, but the question has <image>"), ({"image": 3}, "no image.*found int"),
     ({"image": float("nan")}, "no image.*found float"), ({"image": [["a.png"]]}, "no image.*found list"),
@@ -334,25 +304,21 @@ BAD = [  # what an entry has instead, and the message
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change, message", BAD)
-def test_bad_entries(ask, change, message):
-    """A traceback, or a message that leaves one to search thousands of entries."""
-    with pytest.raises(HimapError, match=rf"questions\.json: entry 2: .*{message}") as error:
-        ask([PLAIN, {**OFFICIAL, **change}])
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("data, message", [
+BAD = [([PLAIN, {**OFFICIAL, **change}], f"entry 2: .*{message}") for change, message in ODD] + [
     (b"", "holds no questions"), (b"[]", "holds no questions"), (b"{", "line 1"), (b'\n{"a": 1}\n{', "line 3"),
     (b"[1, 2", "expected a JSON list"), (b"\xff\xfe", "expected a JSON list"), (b"[" * 100_000, "expected a JSON list"),
     (b"[null]", "entry 1: expected an object"), (b'"text"', "entry 1: expected an object"),
     (b'{"questions": [{"id": 1}]}', "one object, not a list"),
     (b'{"1": {"question": "Which?"}, "2": {"question": "Why?"}}', "one object, not a list"),
-], ids=range(11))  # fmt: skip
-def test_bad_files(ask, data, message):
-    """A traceback for a file that is something else altogether."""
-    with pytest.raises(HimapError, match=message):
-        ask(data)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content, message", BAD, ids=range(len(BAD)))
+def test_bad_files(ask, content, message):
+    """A traceback, also for what is something else altogether, or a message that leaves one to search the file."""
+    with pytest.raises(HimapError, match=rf"questions\.json.*{message}") as error:
+        ask(content)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("words, message", [

@@ -23,24 +23,21 @@ ROWS = {"a": kept([1, 2, 3, 4], [2, 3]), "b": kept([1, 5, 6, 8], [1, 3]), "none"
 
 
 def test_stages():
-    """The first stage's choice for the last one's; questions without targets, or not answered, as lost ones."""
+    """The first stage's choice for the last one's; questions without targets, or unanswered, as lost; the last seed."""
     first, last = (figures["all"] for figures in recall.recalls([ROWS], EXAMPLES))
     assert (first["n"], first["recall"], first["hit"]) == (2, pytest.approx((1 + 2 / 3) / 2), 1.0)
     assert (last["recall"], last["hit"]) == (pytest.approx((1 / 2 + 0) / 2), 0.5)
+    seeds = recall.recalls([ROWS, {**ROWS, "a": kept([1, 3, 4, 5], [3, 4])}], EXAMPLES)[-1]["color"]
+    assert (seeds["n"], seeds["recall"]) == (1, 0.25)
 
 
 def test_groups():
-    """A question counted in another's kind, size or place; a long number in a size of its own; targets, not questions,
-    as the weight."""
+    """A question counted in another's kind, size or place; a number in a size of its own; targets as the weight."""
     _, last = recall.recalls([ROWS], EXAMPLES)
     found = {group: (figures["n"], figures["recall"]) for group, figures in last.items()}
     half = (1, 0.5)
     assert found == {"all": (2, 0.25), "color": half, "reading": (1, 0), "2": half, "4+": (1, 0), "top left": half}
     assert list(last) == ["all", "color", "reading", "2", "4+", "top left"]
-
-
-def test_sizes():
-    """The size below or above; several things, which have none, among the small ones."""
     groups = [recall.groups_of(example("a", "count", 1, size=size, place="x"))[2:] for size in (0, 1, 3, 4, 7)]
     assert groups == [(), ("1 patch", "x"), ("3", "x"), ("4+", "x"), ("4+", "x")]
 
@@ -53,13 +50,6 @@ def test_chance():
     assert first["hit_chance"] == pytest.approx(1 - 5 / 9 * 4 / 8)  # no target among the five of nine that went
     assert recall.of_question((0, 1), range(8), 9)["hit_chance"] == 1  # two targets, one token gone
     assert recall.of_question((0,), (), 9) == {"recall": 0, "chance": 0, "hit": False, "hit_chance": 0}
-
-
-def test_seeds():
-    """The last seed alone; n counted once for every seed."""
-    other = {**ROWS, "a": kept([1, 3, 4, 5], [3, 4])}
-    figures = recall.recalls([ROWS, other], EXAMPLES)[-1]["color"]
-    assert (figures["n"], figures["recall"]) == (1, 0.25)
 
 
 def test_nothing_to_tell():
@@ -83,8 +73,7 @@ def test_table():
     (SIZE, "1:20:text_to_image,2:5:random", ""),
 ])  # fmt: skip
 def test_command(study, small, tmp_path, side, method, reason):
-    """Targets of the scenes' 12 x 12 patches looked for among a model's own four; a reducer's empty table; more than
-    one token said for it."""
+    """Targets looked for among another model's four patches; a reducer's empty table; more than one token said."""
     if side != SIZE:
         write_small_model(small := tmp_path / "m", side=side)
     out = tmp_path / "out"

@@ -167,10 +167,6 @@ def test_a_seed_is_a_scene():
     assert make_questions(scene, 8, seed=6) != many[:8]
     assert {q.kind for q in make_questions(scene, 30, kinds=("count", "color"))} == {"count", "color"}
     assert draw(scene).size == (GRID * PATCH, GRID * PATCH) and len(set(DIGITS)) == 10
-
-
-@pytest.mark.parametrize("arguments", [(-1,), (0, 0), (0, 10), (0, 2, 3)])
-def test_no_such_scene(arguments):
-    """random.Random(-1) is random.Random(1): two seeds, one scene."""
-    with pytest.raises(ValueError):
-        make_scene(*arguments)
+    for none in ((-1,), (0, 0), (0, 10), (0, 2, 3)):  # random.Random(-1) is random.Random(1): two seeds, one scene
+        with pytest.raises(ValueError):
+            make_scene(*none)

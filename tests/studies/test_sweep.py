@@ -17,18 +17,12 @@ from himap_ref.studies.common.plots import spread
 from himap_ref.studies.questions.selection import scene_examples
 
 
-def test_holm():
-    """Every p times the number of tests, or one that falls below a smaller one's."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.6]) == [1.0, 1.0] and holm([]) == []
-
-
 def line(group, label, p=None):
     return {"group": group, "label": label, "p": p, "judged": 4}
 
 
 def test_compare():
-    """Chance at another budget, differences of means over other questions, hard questions that the method fails."""
+    """Chance at another budget, means over other questions, hard ones that the method fails; p corrected all alike."""
     lines = [line("", "vanilla", 1.0), line("g", "HiMAP", 0.01), line("g", CHANCE), line("g", SMALLER, 0.02)]
     lines += [line("h", "HiMAP", 0.03)]
     himap, chance = {"a": 1.0, "b": 0.0, "c": 1.0}, {"a": 0.5, "b": 0.5, "c": 0.0, "d": 1.0}
@@ -38,16 +32,15 @@ def test_compare():
     assert [each["over_chance"] is None for each in lines] == [True, False, True, False, True]
     assert lines[1]["hard"] == (0.5, 2) and lines[2]["hard"] == (0.5, 2) and lines[4]["hard"] is None
     assert [each.get("p_holm") for each in lines] == [None, 0.03, None, 0.04, 0.04]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.6]) == [1.0, 1.0] and holm([]) == []
 
 
-SAID = [(0.01, 0.09, "better"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "cannot be told")]
-
-
-@pytest.mark.parametrize("low, high, said", SAID)
-def test_verdict(low, high, said):
+def test_verdict():
     """A difference within the noise told as a gain, or a loss told as nothing."""
-    text = sweep.verdict({**line("own", "mine"), "over_chance": ((low + high) / 2, low, high)})
-    assert f"mine: {said}" in text and f"below about {100 * (high - low) / 2:.0f} points" in text
+    for low, high, said in ((0.01, 0.09, "better"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "cannot be told")):
+        text = sweep.verdict({**line("own", "mine"), "over_chance": ((low + high) / 2, low, high)})
+        assert f"mine: {said}" in text and f"below about {100 * (high - low) / 2:.0f} points" in text
 
 
 FAMILIES = ("none", "himap", "vtw", "1:20:random3,2:5:dart", f"1:20:{ORACLE},2:1:last_to_image", "2:0:none", "cls:7",
@@ -56,8 +49,7 @@ FAMILIES = ("none", "himap", "vtw", "1:20:random3,2:5:dart", f"1:20:{ORACLE},2:1
 
 @pytest.mark.parametrize("text", FAMILIES)
 def test_positions_of_every_family(small, text):
-    """One that cannot be numbered anew, one that another prompt's length or the tokens made before the decoder upset,
-    or a switch that renumbers nothing."""
+    """One that another prompt's length, or tokens made before the decoder, upset; a switch that renumbers nothing."""
     model = Llava.from_pretrained(small)
     examples = scene_examples(1)[:3]
     method, pictures = parse_method(text, model), [example.picture() for example in examples]
@@ -70,16 +62,18 @@ def test_positions_of_every_family(small, text):
     assert stretched.equal(plain) is (not any(left))  # without an image token there is nothing to stretch
 
 
-def test_blind(study, small, tmp_path):
-    """Vanilla's recorded answers for those without the picture; FLOPs of a prompt without image tokens; a p of its own
-    among the methods'."""
-    study(sweep, "--weights", small, "--scenes", 1, "--methods", "1:20:text_to_image", "--out", tmp_path)
-    vanilla, blind, own = json.loads((tmp_path / "table.json").read_text())
+def test_command(study, small, tmp_path):
+    """Vanilla's answers for those without the picture; FLOPs, recall or a p of theirs; a table too wide to be read."""
+    methods = "--methods", "1:20:text_to_image", "fastv", "random"
+    status, out, err = study(sweep, "--weights", small, "--scenes", 1, *methods, "--out", tmp_path)
+    assert status == 0 and max(map(len, out.splitlines())) <= 120, err
+    vanilla, blind, own, _, chance = json.loads((tmp_path / "table.json").read_text())
     assert blind["label"] == "no picture" and blind["kept"] == [] and blind["n"] == vanilla["n"] == own["n"]
     assert [blind[name] for name in sweep.RATIOS] == [None] * 3 and blind["recall"] is None and "p_holm" not in blind
     assert {*blind["kinds"]} == {*vanilla["kinds"]} and len([*tmp_path.glob("none-*.jsonl")]) == 2
     assert own["recall"][1] == pytest.approx(20 / 144) and "color" in own["recall_by_stage"][0]
     assert "| no picture | 8 |  |  |  |" in (tmp_path / "table.md").read_text().replace(f"| {blind['n']} |", "| 8 |")
+    assert own["spread"] is None and len(chance["spread"]) == 2 and len([*tmp_path.glob("random*.jsonl")]) == 5
 
 
 def test_spread():
