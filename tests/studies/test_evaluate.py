@@ -255,15 +255,18 @@ def test_prefix(study, small, tmp_path):
 
 
 def test_equal_flops_are_equal(shapes):
-    """Methods compared at budgets that they do not have; the encoder's share forgotten for those before the decoder."""
+    """Methods compared at budgets that they do not have; the encoder's share forgotten for those before the decoder; a
+    smaller picture at no budget, or one that costs more."""
     found = entries.equal_flops(shapes, [*SCENES, COLOR], [0.75, 0.65])
     labels = {entry.label for entry in found}
     assert {"HiMAP", "chance on HiMAP's layers", "FastV, last row", "PyramidDrop", "VTW", "CLS attention"} <= labels
+    assert [entry.methods for entry in found if entry.label == entries.SMALLER] == [("down:9",), ("down:10",)]
     plain, *measured = (answer(shapes, SCENES[:1], [SCENES[0].picture()], parse_method(name, shapes), 1)[0].flops.total
                         for name in ("none", *(entry.methods[0] for entry in found)))  # fmt: skip
     for entry, flops in zip(found, measured, strict=True):
         budget = 0.75 if "75" in entry.group else 0.65
-        assert abs(flops / plain - budget) < entries.NEAR + 0.005, entry
+        allowed = 0.1 if entry.label == entries.SMALLER else entries.NEAR
+        assert abs(flops / plain - budget) < allowed + 0.005, entry
         assert len(entry.methods) == (entries.SEEDS if "chance" in entry.label else 1)
 
 

@@ -77,12 +77,16 @@ def test_command(study, small, tmp_path):
 
 
 def test_spread():
-    """Labels on top of each other, out of order, or moved though there was room."""
+    """Labels on top of each other, out of order, moved though there was room, or in the panel's title."""
     assert spread([0.0, 5.0, 9.0], 1) == [0.0, 5.0, 9.0]
     moved = spread([0.3, 0.1, 0.2, 5.0], 1)
     assert sorted(range(4), key=moved.__getitem__) == [1, 2, 0, 3] and moved[3] == 5.0
     assert min(b - a for a, b in pairwise(sorted(moved))) == pytest.approx(1, abs=1e-6)
     assert sum(moved[:3]) / 3 == pytest.approx(0.2)
+    assert (
+        spread([9.8, 9.9, 8.0], 1, top=10) == pytest.approx([9.0, 10.0, 8.0], abs=0.4)
+        and max(spread([3, 3], 1, 3)) == 3
+    )
 
 
 def drawn(group, label, ratio, accuracy, recall=None):
