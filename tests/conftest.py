@@ -74,6 +74,12 @@ def embeddings():
     return lambda B, n, d=32, seed=1: torch.randn(B, n, d, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture
+def pixels():
+    """(2, 3, 20, 20): two random pictures for `tiny_llava`."""
+    return torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(3))
+
+
 @pytest.fixture(scope="session")
 def shapes():
     """The embedded model."""

@@ -59,9 +59,14 @@ CASES = {
     "last vision layer": ({"vision_feature_layer": -1}, (Stage(1, 9, random), Stage(2, 4, all_to_image))),
     "first vision layer": ({"vision_feature_layer": 1, "vision": {"patch_size": 4}}, (Stage(2, 0.5, both_ways),)),
     "several vision layers": ({"vision_feature_layer": (-3, 2, 0)}, TWO),
-    "several, class token, linear": ({
-        "vision_feature_layer": (-1, 1), "vision_feature_select_strategy": "full", "projector_type": "linear",
-    }, TWO),
+    "several, class token, linear": (
+        {
+            "vision_feature_layer": (-1, 1),
+            "vision_feature_select_strategy": "full",
+            "projector_type": "linear",
+        },
+        TWO,
+    ),
     "longer contexts": ({"text": {"rope_type": "llama3", "factor": 8.0}}, TWO),
     "no vision layer": ({"vision_feature_layer": 0}, (Stage(1, 1, image_to_image), Stage(4, 1, text_to_image))),
     "wide heads": ({"text": {"head_dim": 12, "num_hidden_layers": 3}}, (Stage(2, 16, image_to_image),)),
@@ -86,7 +91,7 @@ def test_equal_to_torchs_counter(tiny_llava, embeddings, case):
     plan = plan_prefill(config.text_config, span, n, stages)
     assert plan == out.trace.layers
     assert flops == pass_flops(config.text_config, out.trace.layers) == pass_flops(config.text_config, plan)
-    for step in range(n, n + 3):
+    for step in (n, n + 1):
         next_token = partial(decoder, positions=torch.tensor([[step]]), cache=out.cache)
         flops, out = counted(next_token, embeddings(1, 1, seed=step))
         assert out.trace.layers == [LayerTrace(1, 0, 1, layer.keys + step - n + 1) for layer in plan]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ from himap_ref.studies.questions.selection import scene_examples
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "weights" / "shapes"
 DTYPES, HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
-METHODS = ["none", "himap", "vtw", "cls:20", "pool:4", *(f"2:0.5:{name},8:0.5:{name}" for name in SCORES)]
-EXAMPLES = [example for example in scene_examples(6) if example.kind == "color"]
+EVERY_SCORE = ",".join(f"{layer}:0.9:{name}" for layer, name in enumerate(SCORES, start=2))
+EXAMPLES = [example for example in scene_examples(6) if example.kind == "color"][:3]
 EXAMPLE = WEIGHTS / "example.png", "What color is the star?"
 NAN = float("nan")
 SAMPLED = {"temperature": 5.0, "seed": 4}  # so hot that nearly every token is drawn
@@ -60,8 +61,9 @@ def test_nothing_is_nan(at, dtype):
         assert not isinstance(output, torch.Tensor) or output.isfinite().all(), type(module)
 
     handles = [module.register_forward_hook(look) for module in model.modules()]
-    for method, options in [*((method, {}) for method in METHODS), ("himap", {"reprune": True})]:
-        for got in ask(model, method, EXAMPLES[:2], **options):
+    asked = [(method, EXAMPLES[:1], {}) for method in ("none", "vtw", "cls:20", "pool:4", EVERY_SCORE)]
+    for method, examples, options in [*asked, ("himap", EXAMPLES[:2], {"reprune": True})]:
+        for got in ask(model, method, examples, **options):
             assert got.first_logits.isfinite().all() and got.first_logits.dtype == dtype
     [handle.remove() for handle in handles]
     kinds = nn.Linear, nn.RMSNorm, nn.LayerNorm
@@ -69,24 +71,27 @@ def test_nothing_is_nan(at, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", [name for name in SCORES if name != "dart"])  # whose scores are ranks
-def test_scores_are_fp32(at, dtype, name):
-    """A softmax, a head mean or a sum in half precision: neighbours tie, and which one stays is chance."""
-    seen = []
+def test_scores_are_fp32(at, dtype):
+    """A softmax, a head mean or a sum in half precision: neighbours tie, and which one stays is chance. A user's own
+    score in half precision recorded or ranked as such, or refused."""
+    seen = {}
 
-    def spy(view):
+    def spy(view, name):
         scores, rows = SCORES[name](view), view.maps(view.all).sum(dim=-1)
         assert_close(rows, view.real[:, None].float().expand_as(rows), rtol=0, atol=1e-5)  # padding looks at nothing
         attention = view.maps(view.all).double().mean(dim=1)[..., view.image] * view.real[..., None]
         view.attention = lambda rows: take(attention, rows)
         assert_close(scores, SCORES[name](view).float(), rtol=1e-5, atol=1e-7)
-        seen.append(scores)
+        seen[name] = scores
         return scores
 
-    for got in ask(at(dtype), (Stage(2, 0.5, spy), Stage(8, 0.5, spy))):
-        assert [stage.scores.dtype for stage in got.trace.stages] == [torch.float32] * 2
-    assert len(seen) == 2
-    for scores in seen:
+    names = [name for name in SCORES if name != "dart"]  # whose scores are ranks
+    stages = [Stage(layer, 0.9, partial(spy, name=name)) for layer, name in enumerate(names, start=2)]
+    halved = Stage(10, 7, lambda view: SCORES["text_to_image"](view).to(dtype))
+    for got in ask(at(dtype), (*stages, halved), EXAMPLES[:2]):
+        assert {stage.scores.dtype for stage in got.trace.stages} == {torch.float32}
+        assert [*seen] == names and len(got.trace.stages[-1].kept) == 7
+    for scores in seen.values():
         assert scores.dtype == torch.float32 and (scores != scores.to(dtype).float()).float().mean() > 0.9
 
 
@@ -95,18 +100,9 @@ def test_reducer_ranks_in_fp32(at, dtype, monkeypatch):
     """CLS attention averaged over the heads in half precision."""
     seen, keep_highest = [], reducers.keep_highest
     monkeypatch.setattr(reducers, "keep_highest", lambda *args: seen.append(args[0]) or keep_highest(*args))
-    ask(at(dtype), "cls:20")
+    ask(at(dtype), "cls:20", EXAMPLES[:1])
     (scores,) = seen
     assert scores.dtype == torch.float32 and (scores != scores.to(dtype).float()).float().mean() > 0.9
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_own_score_in_half_is_ranked(at, dtype):
-    """A user's score in half precision recorded or ranked as such, or refused."""
-    halved = Stage(4, 0.5, lambda view: SCORES["text_to_image"](view).to(dtype))
-    for got in ask(at(dtype), (halved,)):
-        (stage,) = got.trace.stages
-        assert stage.scores.dtype == torch.float32 and len(stage.kept) == 72
 
 
 # ---------------------------------------------------------------- weights that give NaN
@@ -126,14 +122,18 @@ def first_token(model, example):
     return ask(model, "himap", [example])[0].token_ids[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"reprune": True}], ids=str)
-@pytest.mark.parametrize("where", [
-    "language_model.lm_head.weight:5", "language_model.norm.weight", "language_model.layers.11.mlp.down_proj.weight",
-    "language_model.layers.0.self_attn.k_proj.weight", "vision_tower.layers.0.mlp.fc1.weight", "later",
-])  # fmt: skip
+OPTIONS = {"greedy": {}, "sampled": {"temperature": 1.0}, "reprune": {"reprune": True}}
+DAMAGED = [(where, options) for where in ("language_model.lm_head.weight:5", "later") for options in OPTIONS]
+DAMAGED += [(f"{part}.weight", "greedy") for part in (
+    "language_model.norm", "language_model.layers.11.mlp.down_proj", "language_model.layers.0.self_attn.k_proj",
+    "vision_tower.layers.0.mlp.fc1",
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("where, options", DAMAGED)
 def test_nan_is_an_error(shapes, where, options):
     """NaN logits answered with token 0 for ever: in one row of lm_head, in the prefill, in a later step alone."""
-    later = where == "later"
+    later, options = where == "later", OPTIONS[options]
     if later:
         where = f"language_model.embed_tokens.weight:{first_token(shapes, LATER)}"
     model = damaged(shapes, where)

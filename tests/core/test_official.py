@@ -42,25 +42,18 @@ def recorded():
 
 @pytest.mark.parametrize("case", PRUNE, ids=lambda case: case["id"])
 def test_prune_case(official, case):
-    """Any departure from the official algorithm: layer, rows, heads, order, positions, masks."""
+    """Any departure from the official algorithm: layer, rows, heads, order, positions, masks; another row than the last
+    computed in the last layer."""
     want, span = tensors("prune_cases", case), span_of(case)
-    out = official(want["inputs_embeds"], span, stages_of(case), all_rows=True)
-    assert len(out.trace.stages) == 2 and case["stage2_ran"]
-    for number, stage in enumerate(out.trace.stages, start=1):
-        assert positions(stage.kept[0], span, case["n"]) == want[f"keep{number}"].tolist()
-        assert_close(stage.scores[0], want[f"score{number}"], rtol=0, atol=5e-5)
-    assert_close(out.hidden, want["last_hidden"], **near)
-    assert_close(out.logits[0], want["logits_last"], **near)
-
-
-@pytest.mark.parametrize("case", PRUNE, ids=lambda case: case["id"])
-def test_last_row_alone(official, case):
-    """The last layer's shortcut computing another row than the last, or changing what was pruned."""
-    want = tensors("prune_cases", case)
-    out = official(want["inputs_embeds"], span_of(case), stages_of(case))
-    assert_close(out.hidden, want["last_hidden"][:, -1:], **near)
-    assert_close(out.logits[0], want["logits_last"], **near)
-    assert positions(out.trace.stages[1].kept[0], span_of(case), case["n"]) == want["keep2"].tolist()
+    every, last = (official(want["inputs_embeds"], span, stages_of(case), all_rows=rows) for rows in (True, False))
+    assert_close(every.hidden, want["last_hidden"], **near)
+    assert_close(last.hidden, want["last_hidden"][:, -1:], **near)
+    for out in (every, last):
+        assert len(out.trace.stages) == 2 and case["stage2_ran"]
+        for number, stage in enumerate(out.trace.stages, start=1):
+            assert positions(stage.kept[0], span, case["n"]) == want[f"keep{number}"].tolist()
+            assert_close(stage.scores[0], want[f"score{number}"], rtol=0, atol=5e-5)
+        assert_close(out.logits[0], want["logits_last"], **near)
 
 
 @pytest.mark.parametrize("case", PRUNE, ids=lambda case: case["id"])
@@ -73,37 +66,30 @@ def test_vanilla_case(official, case):
     assert_close(official(want["inputs_embeds"]).logits[0], want["vanilla_logits_last"], **near)
 
 
-def test_reprune_generates_official_tokens(official, recorded):
-    """Re-ranking that leaves generated tokens out of the text rows, or keeps a stale choice."""
+def test_reprune_is_official(official, recorded):
+    """Re-ranking that leaves generated tokens out of the text rows, or keeps a stale choice; logits of later steps that
+    drift while the greedy tokens happen to agree."""
     span, x, count = span_of(GENERATE), recorded["inputs_embeds"], GENERATE["new_tokens"]
     out = generate(official, x, span, stages_of(GENERATE), count, reprune=True)
     assert out.token_ids == [recorded["tokens"].tolist()]
     assert_close(out.first_logits[0], recorded["step_logits"][0], **near)
     assert len(out.traces) == count
-    for step, trace in enumerate(out.traces):
+    tokens = official.embed_tokens(recorded["tokens"])[None]
+    for step, (trace, logits) in enumerate(zip(out.traces, recorded["step_logits"], strict=True)):
+        alone = official(torch.cat((x, tokens[:, :step]), dim=1), span, stages_of(GENERATE))
+        assert_close(alone.logits[0], logits, **near)
         for number, stage in enumerate(trace.stages, start=1):
             want = recorded[f"keep{number}_step{step}"].tolist()
             assert positions(stage.kept[0], span, GENERATE["n"] + step) == want, f"stage {number}, step {step}"
 
 
-def test_reprune_step_logits(official, recorded):
-    """Logits of later steps that drift while the greedy tokens happen to agree."""
-    x, tokens = recorded["inputs_embeds"], official.embed_tokens(recorded["tokens"])[None]
-    for step, want in enumerate(recorded["step_logits"]):
-        out = official(torch.cat((x, tokens[:, :step]), dim=1), span_of(GENERATE), stages_of(GENERATE))
-        assert_close(out.logits[0], want, **near)
-
-
-def test_cached_generates_reference_tokens(official, recorded):
-    """Decoding at the cache's length instead of the original position, or from an unpruned cache."""
-    out = generate(official, recorded["inputs_embeds"], span_of(GENERATE), stages_of(GENERATE), GENERATE["new_tokens"])
-    assert out.token_ids == [recorded["ref_frozen_tokens"].tolist()]
-    assert [len(trace.stages) for trace in out.traces] == [2] + [0] * (GENERATE["new_tokens"] - 1)
-
-
-def test_cached_step_logits(official, recorded):
-    """Logits of later steps that drift while the greedy tokens happen to agree."""
-    out = official(recorded["inputs_embeds"], span_of(GENERATE), stages_of(GENERATE))
+def test_cached_is_the_reference(official, recorded):
+    """Decoding at the cache's length instead of the original position, or from an unpruned cache; drifting logits."""
+    x, span, count = recorded["inputs_embeds"], span_of(GENERATE), GENERATE["new_tokens"]
+    generated = generate(official, x, span, stages_of(GENERATE), count)
+    assert generated.token_ids == [recorded["ref_frozen_tokens"].tolist()]
+    assert [len(trace.stages) for trace in generated.traces] == [2] + [0] * (count - 1)
+    out = official(x, span, stages_of(GENERATE))
     for step, want in enumerate(recorded["ref_frozen_step_logits"]):
         assert_close(out.logits[0], want, **near)
         token = official.embed_tokens(recorded["ref_frozen_tokens"][step])[None, None]

@@ -86,58 +86,41 @@ def test_generates_the_same(tiny_decoder, embeddings, reprune):
         assert all(torch.equal(a, b) for a, b in zip((layer.k, layer.v, layer.positions), old, strict=True))
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"num_hidden_layers": 1}], ids=str)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+FLOPS = [
+    *((schedule, {"num_key_value_heads": 1}) for schedule in SCHEDULES),
+    ("two", {}),
+    ("none", {"num_hidden_layers": 1}),
+]
+
+
+@pytest.mark.parametrize("schedule, changes", FLOPS, ids=str)
 def test_flops(tiny_decoder, embeddings, schedule, changes):
     """Work on the prefix that is counted though it is not done, or done and not counted; a plan that is not the run."""
-    decoder = tiny_decoder(**changes)
+    decoder, stages = tiny_decoder(**changes), SCHEDULES[schedule]
     x, config = prompts(embeddings, 6)[:1], decoder.config
-    stages = [stage for stage in SCHEDULES[schedule] if stage.layer < config.num_hidden_layers]
     flops, prefix = counted(decoder, x[:, :6])
     assert flops == pass_flops(config, prefix.trace.layers)
     flops, out = counted(lambda: decoder(image_span=SPAN, stages=stages, **rest(x, 6, prefix.cache)))
     assert out.trace.layers == plan_prefill(config, SPAN, N, stages, cached=6)
-    assert flops == pass_flops(config, out.trace.layers) < counted(decoder, x, SPAN, stages)[0]
-
-
-def test_prefix_must_end_before_the_image(tiny_decoder, embeddings):
-    """Image tokens of another picture taken from a cache."""
-    decoder, x = tiny_decoder(), embeddings(1, N)
-    with pytest.raises(HimapError, match="does not lie within"):
-        decoder(image_span=SPAN, **rest(x, 7, decoder(x[:, :7]).cache))
-
-
-def test_positions_are_needed_behind_a_cache(tiny_decoder, embeddings):
-    """New tokens counted from 0 again, silently."""
-    decoder, x = tiny_decoder(), embeddings(1, N)
-    for last in (7, N):  # one token, too
-        with pytest.raises(HimapError, match="each with its position behind a cache"):
-            decoder(x[:, 6:last], cache=decoder(x[:, :6]).cache)
+    assert flops == pass_flops(config, out.trace.layers) < pass_flops(config, plan_prefill(config, SPAN, N, stages))
 
 
 # ---------------------------------------------------------------- of a whole model
 
 
-def test_answers_are_the_same(shapes, scene_picture):
-    """A prefix that changes answers or kept tokens, does nothing, or forgets what it saves."""
-    prefix = shapes.prefix()
-    got = shapes.generate([scene_picture] * 2, [QUESTION] * 2, HIMAP, past=prefix)[1]
-    want = shapes.generate(scene_picture, QUESTION, HIMAP)
+@pytest.mark.parametrize("reducer", [None, ClsAttention(9)], ids=str)
+def test_answers_are_the_same(shapes, scene_picture, reducer):
+    """A prefix that changes answers or kept tokens, does nothing, or forgets what it saves; fewer image tokens that
+    shift it."""
+    config, prefix, stages = shapes.config.text_config, shapes.prefix(), () if reducer else HIMAP
+    got = shapes.generate([scene_picture] * 2, [QUESTION] * 2, stages, past=prefix, reducer=reducer)[1]
+    want = shapes.generate(scene_picture, QUESTION, stages, reducer=reducer)
     assert got.token_ids == want.token_ids and got.prompt_ids == want.prompt_ids
     assert [stage.kept.tolist() for stage in got.trace.stages] == [stage.kept.tolist() for stage in want.trace.stages]
     assert_close(got.first_logits, want.first_logits, rtol=0, atol=1e-4)
     assert got.flops.vanilla == want.flops.vanilla and got.flops.decode == want.flops.decode
-    plan = plan_prefill(shapes.config.text_config, want.image_span, len(want.prompt_ids), HIMAP, cached=11)
-    assert got.flops.prefill == pass_flops(shapes.config.text_config, plan) < want.flops.prefill
-
-
-def test_a_reducer_goes_with_it(shapes, scene_picture):
-    """Fewer image tokens that shift the prefix."""
-    options = {"reducer": ClsAttention(9), "max_new_tokens": 4}
-    got = shapes.generate(scene_picture, QUESTION, past=shapes.prefix(), **options)
-    want = shapes.generate(scene_picture, QUESTION, **options)
-    assert got.token_ids == want.token_ids and got.flops.prefill < want.flops.prefill
-    assert_close(got.first_logits, want.first_logits, rtol=0, atol=1e-4)
+    plan = plan_prefill(config, want.image_span, len(want.prompt_ids), stages, cached=11)
+    assert got.flops.prefill == pass_flops(config, plan) < want.flops.prefill
 
 
 @pytest.fixture

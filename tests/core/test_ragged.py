@@ -18,7 +18,7 @@ from himap_ref.methods.scores import SCORES
 from himap_ref.sampling import Sampling
 
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
-D = 32
+D, SEEDS = 32, 80
 WEIGHTS = Path(__file__).parents[2] / "weights" / "shapes"
 
 
@@ -32,13 +32,13 @@ def draw(seed):
     }  # fmt: skip
     start = r.randint(0, 6)
     stop = start + r.randint(2, 14)
-    lengths = [stop + r.randint(1, 12) for _ in range(r.randint(2, 5))]
+    lengths = [stop + r.randint(1, 12) for _ in range(r.randint(2, 4))]
     at, left, stages = sorted(r.sample(range(1, layers), min(layers - 1, r.choice([0, 1, 2, 2, 3])))), stop - start, []
     for layer in at:
         left = r.randint(1, left)
         stages.append(Stage(layer, left, r.choice([SCORES[name] for name in SCORES])))
     options = {
-        "max_new_tokens": r.randint(1, 8), "eos_token_ids": r.sample(range(97), 12), "reprune": r.random() < 0.4,
+        "max_new_tokens": r.randint(1, 6), "eos_token_ids": r.sample(range(97), 12), "reprune": r.random() < 0.4,
         "sampling": Sampling(1.5, 0.9, seed) if r.random() < 0.3 else Sampling(),
     }  # fmt: skip
     cached = r.randint(1, start) if start and r.random() < 0.5 else 0
@@ -49,7 +49,7 @@ def draw(seed):
     return changes, prompts, (start, stop), stages, options, cached
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_ragged_is_one_by_one(tiny_decoder, seed):
     """Padding that ranks, is seen, or stands for a prompt's last row; an end, a position or a draw of another item."""
     changes, prompts, span, stages, options, cached = draw(seed)
@@ -77,11 +77,13 @@ def test_ragged_is_one_by_one(tiny_decoder, seed):
 
 
 def test_the_draws_cover_what_they_should():
-    """200 batches that are all alike: no early end, no prefix, no pruning."""
-    drawn = [draw(seed) for seed in range(200)]
-    assert sum(len({*map(len, prompts)}) > 1 for _, prompts, *_ in drawn) > 150
-    assert 40 < sum(options["reprune"] for *_, options, _ in drawn) < 160
-    assert sum(cached > 0 for *_, cached in drawn) > 40 and sum(len(stages) > 1 for _, _, _, stages, *_ in drawn) > 60
+    """Batches that are all alike: of one length, without a prefix, pruning or chance."""
+    drawn = [draw(seed) for seed in range(SEEDS)]
+    assert sum(len({*map(len, prompts)}) > 1 for _, prompts, *_ in drawn) > SEEDS * 3 / 4
+    assert SEEDS / 5 < sum(options["reprune"] for *_, options, _ in drawn) < SEEDS * 4 / 5
+    assert sum(options["sampling"] != Sampling() for *_, options, _ in drawn) > SEEDS / 5
+    assert sum(cached > 0 for *_, cached in drawn) > SEEDS / 5
+    assert sum(len(stages) > 1 for _, _, _, stages, *_ in drawn) > SEEDS / 4
 
 
 @pytest.mark.parametrize("reprune", [False, True])
@@ -101,12 +103,17 @@ def ragged(lengths, seed=0, padding=1.0):
     return torch.where(real[..., None], x, padding * 3), positions.masked_fill(~real, PADDING)
 
 
-@pytest.mark.parametrize("score", SCORES)
+def heads_apart(view):
+    """A criterion that reads each head for itself."""
+    return view.maps(view.text).amax(dim=1)[..., view.image].sum(dim=1)
+
+
+@pytest.mark.parametrize("score", [*SCORES.values(), heads_apart])
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_padding_does_not_rank(tiny_decoder, K, score):
     """Padding among the text rows, the last row or the mean: at K >= 2 it looks at every image token differently."""
     decoder, lengths, span = tiny_decoder(), (18, 25, 21), (3, 15)
-    stages = (Stage(K, 5, SCORES[score]), Stage(4, 2, SCORES[score]))
+    stages = (Stage(K, 5, score), Stage(4, 2, score))
     outs = [decoder(x, span, stages, positions=positions)
             for x, positions in (ragged(lengths, padding=1.0), ragged(lengths, padding=-2.0))]  # fmt: skip
     for b, n in enumerate(lengths):
@@ -134,14 +141,14 @@ def test_against_the_slow_decoder(tiny_decoder):
 def test_flops_of_the_batch(tiny_decoder, reprune):
     """Padding that is computed and not counted; an item's own count with the padding in it."""
     decoder, r = tiny_decoder(num_key_value_heads=2), torch.Generator().manual_seed(3)
-    prompts = [torch.randn(n, D, generator=r) for n in (20, 17, 25)]
+    prompts = [torch.randn(n, D, generator=r) for n in (20, 25)]
     stages, options = (Stage(1, 8, text_to_image), Stage(3, 2, image_to_image)), {"reprune": reprune}
-    flops, batch = counted(lambda: generate(decoder, prompts, (4, 16), stages, 5, **options))
+    flops, batch = counted(lambda: generate(decoder, prompts, (4, 16), stages, 3, **options))
     assert flops == len(prompts) * sum(pass_flops(decoder.config, trace.layers) for trace in batch.traces)
     for b, prompt in enumerate(prompts):
-        alone, _ = counted(lambda prompt=prompt: generate(decoder, [prompt], (4, 16), stages, 5, **options))
+        alone, _ = counted(lambda prompt=prompt: generate(decoder, [prompt], (4, 16), stages, 3, **options))
         own = sum(pass_flops(decoder.config, trace.item(b).layers) for trace in batch.traces)
-        assert alone == own and (own < flops / 3) == (len(prompt) < 25)
+        assert alone == own and (own < flops / 2) == (len(prompt) < 25)
         assert batch.traces[0].item(b).padding.tolist() == [0, 0]
 
 
@@ -180,57 +187,23 @@ def test_more_tokens_behind_a_ragged_cache(tiny_decoder):
         assert out.trace.item(b).layers == alone.trace.layers
 
 
-@pytest.mark.parametrize("positions, message", [
-    ([[0, 1, 2, 3], [-1, 0, 1, 2]], "ascend"),  # padding in front, where every token would see it
-    ([[0, 1, 2, 3], [PADDING, 0, 1, 2]], "ascend"), ([[0, 1, 2, 3], [0, 1, 1, 2]], "ascend"),
-    ([[0, 1, 3, 2], [0, 1, 2, 3]], "ascend"), ([[0, 1, 2, 3]], "position"), ([[0, 1, 2]] * 2, "position"),
-    ([[0, 1, 2, 256], [0, 1, 2, 3]], "context 256"),
-])  # fmt: skip
-def test_positions_are_checked(tiny_decoder, embeddings, positions, message):
-    """Padding at a position that tokens see; tokens out of order, for which a causal mask by rows is another one."""
-    with pytest.raises(HimapError, match=message):
-        tiny_decoder()(embeddings(2, 4), positions=torch.tensor(positions))
-
-
-def test_every_prompt_needs_text(tiny_decoder):
-    """A prompt that ends in its picture, ranked by the padding behind it."""
-    x, positions = ragged((12, 15))
-    with pytest.raises(HimapError, match="no text"):
-        tiny_decoder()(x, (3, 12), (Stage(2, 5, text_to_image),), positions=positions)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
-def test_nothing_to_compute(tiny_decoder, shape):
-    """torch's own error for no prompts, or prompts of no tokens."""
-    with pytest.raises(HimapError, match="at least one"):
-        tiny_decoder()(torch.zeros(*shape, D))
-    with pytest.raises(HimapError, match="nothing to go on from"):
-        generate(tiny_decoder(), torch.zeros(*shape, D))
-    with pytest.raises(HimapError, match="nothing to go on from"):
-        generate(tiny_decoder(), [torch.zeros(3, D), torch.zeros(0, D)])
-
-
 # ---------------------------------------------------------------- of a whole model
 
 QUESTIONS = [
-    "What color is the star?", "How many things are there?", "Is there a red circle?", "What is in the top left?",
+    "What color is the star?", "What is in the top left?",
     "Which shape is at the bottom right of this picture, if there is any at all? Answer with one word.",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stages", ["himap", "himap-caption", "fastv", "random", "none", "vtw"])
+@pytest.mark.parametrize("stages", ["himap", "fastv", "random", "none", "vtw"])
 @pytest.mark.parametrize("options", [{}, {"reprune": True}, {"temperature": 2.0, "seed": 3}], ids=str)
 def test_questions_of_any_lengths(shapes, scene_picture, stages, options):
     """A list of questions refused, or answered otherwise than one by one, for their lengths."""
-    if stages == "himap-caption":  # its K2 = 15 lies beyond this decoder
-        with pytest.raises(HimapError, match="does not exist"):
-            shapes.generate(scene_picture, QUESTIONS, stages, 6, **options)
-        return
-    batch = shapes.generate(scene_picture, QUESTIONS, stages, 6, **options)
+    batch = shapes.generate(scene_picture, QUESTIONS, stages, 4, **options)
     assert len({len(answer.prompt_ids) for answer in batch}) > 2
     executed, B = batch[0].batch_flops, len(batch)
     for question, got in zip(QUESTIONS, batch, strict=True):
-        want = shapes.generate(scene_picture, question, stages, 6, **options)
+        want = shapes.generate(scene_picture, question, stages, 4, **options)
         assert (got.token_ids, got.finish, got.text) == (want.token_ids, want.finish, want.text)
         assert got.flops == want.flops and want.batch_flops == want.flops.decoder
         assert [s.kept.tolist() for s in got.trace.stages] == [s.kept.tolist() for s in want.trace.stages]

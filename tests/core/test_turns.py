@@ -1,6 +1,7 @@
 """Turn by turn and chunk by chunk: equal to all at once, with what was dropped hidden; and only new tokens computed."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from torch.testing import assert_close
 
 import himap_ref.cache
 from himap_ref import HIMAP, HimapError, Stage, image_to_image, text_to_image
+from himap_ref.cache import LayerCache
 from himap_ref.flops import pass_flops
 from himap_ref.generation import generate
-from himap_ref.methods.scores import last_to_image
 
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 SPAN, N = (4, 16), 30
@@ -46,12 +47,12 @@ def test_chunks_are_the_whole(tiny_decoder, embeddings, cuts, kv_heads):
         assert_close(ours.k, theirs.k, **NEAR)
 
 
-@pytest.mark.parametrize("sizes", [(3,), (1, 4), (2, 1, 3)], ids=str)
-@pytest.mark.parametrize("stages", [(), STAGES, (Stage(2, 5, last_to_image), Stage(4, 0, None))], ids=len)
-def test_turns_are_hiding(tiny_decoder, embeddings, stages, sizes):
-    """A later turn that sees what was pruned, or that misses what was not; two tokens at once under a wrong mask."""
-    decoder, x = tiny_decoder(num_key_value_heads=2), embeddings(1, N)
-    stages = tuple(Stage(s.layer, s.keep, text_to_image if s.score is last_to_image else s.score) for s in stages)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (4,), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("stages", [(), STAGES, (Stage(2, 5, text_to_image), Stage(4, 0, None))], ids=len)
+def test_turns_are_hiding(tiny_decoder, embeddings, stages, sizes, kv_heads):
+    """A later turn or token that sees what was pruned, or that misses what was not; two at once under a wrong mask."""
+    decoder, x = tiny_decoder(num_key_value_heads=kv_heads), embeddings(1, N)
     _, logits, kept, _, _ = slow_decoder(decoder, x[0], SPAN, stages, prompt=22)
     out = decoder(x[:, :22], SPAN, stages)
     assert [(stage.kept[0] + SPAN[0]).tolist() for stage in out.trace.stages] == kept
@@ -96,6 +97,17 @@ def test_tokens_that_do_not_fit_the_room(tiny_decoder, embeddings, monkeypatch):
         assert_close(run(decoder, x, 21, 24, base.cache).logits, decoder(x[:, :24]).logits, **NEAR)
         whole = torch.cat((x[:, :21].expand(3, -1, -1), others[:, 21:22]), dim=1)
         assert_close(run(decoder, others, 21, 22, base.cache).logits, decoder(whole).logits, **NEAR)
+
+
+def test_an_edited_cache(tiny_decoder, embeddings):
+    """A cache made from another one whose buffers go on holding what was replaced."""
+    decoder, x = tiny_decoder(), embeddings(1, N)
+    with torch.no_grad():
+        cache = run(decoder, x, 19, 20, decoder(x[:, :19]).cache).cache
+        edited = [replace(layer, v=layer.v * 0) for layer in cache]
+        fresh = [LayerCache(layer.k, layer.v * 0, layer.positions) for layer in cache]
+        got, want = (run(decoder, x, 20, 22, each) for each in (edited, fresh))
+    assert torch.equal(got.logits, want.logits)
 
 
 def test_backward_through_steps(tiny_decoder, embeddings):
@@ -202,6 +214,14 @@ def test_turns_that_do_not_fit(shapes, scene_picture):
     room = shapes.config.text_config.max_position_embeddings
     with pytest.raises(HimapError, match=f"context {room}"):
         shapes.generate(None, "and " * room + "?", past=past)
+
+
+def test_an_answer_that_ends_in_the_image_token(shapes, scene_picture):
+    """The word of that id, said by the model, taken for a second picture in the next turn."""
+    first = shapes.generate(scene_picture, FIRST, HIMAP, 2).past
+    past = replace(first, ids=[*first.ids[:-1], shapes.config.image_token_index])
+    answer = shapes.generate(None, SECOND, past=past, max_new_tokens=1)
+    assert answer.image_span == first.image_span and answer.prompt_ids[: len(past.ids)] == past.ids
 
 
 def test_text_only_conversation(shapes):

@@ -1,25 +1,23 @@
 """Baselines by name: scores and schedules in the decoder, reducers before it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from test_flops import counted
 from torch.testing import assert_close
 
-from himap_ref import HIMAP, HimapError, LayerView, Stage, image_to_image
+from himap_ref import HIMAP, HIMAP_CAPTION, HimapError, LayerView, Stage, image_to_image, text_to_image
 from himap_ref.cache import LayerCache
 from himap_ref.flops import projector_flops, vision_flops
+from himap_ref.generation import generate
+from himap_ref.methods.peers import DivPrune, Downsample, VisionZip
 from himap_ref.methods.reducers import AveragePool, ClsAttention
-from himap_ref.methods.schedules import METHODS, parse_method, parse_stages
+from himap_ref.methods.schedules import FASTV, METHODS, parse_method, parse_stages
 from himap_ref.methods.scores import SCORES, last_to_image
 from himap_ref.studies.questions.drawing import draw
 from himap_ref.studies.questions.scenes import UNSEEN, make_scene
-
-
-@pytest.fixture
-def pixels():
-    return torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
@@ -55,19 +53,27 @@ def test_bias_where_attention_is_flat(cached):
 
 
 def test_published_schedules():
-    """A baseline at other layers or shares than published, for LLaVA-1.5-7B's 32 layers and the small model's 12."""
+    """A constant that is not the paper's (K1=2, half; K2=8 or 15, a quarter of those); a baseline at other layers or
+    shares than published, for LLaVA-1.5-7B's 32 layers and the small model's 12."""
+    first = Stage(2, 0.5, text_to_image)
+    assert list(HIMAP) == [first, Stage(8, 0.25, image_to_image)]
+    assert list(HIMAP_CAPTION) == [first, Stage(15, 0.25, image_to_image)]
+    assert METHODS["himap"](12) == METHODS["himap-paper"](40) == HIMAP and METHODS["himap-caption"](32) == HIMAP_CAPTION
+    assert METHODS["fastv"](32) == FASTV == (Stage(2, 0.5, last_to_image),)
     pyramid = [Stage(layer, 0.5, last_to_image) for layer in (8, 16, 24)]
     assert list(METHODS["pyramiddrop"](32)) == pyramid and [s.layer for s in METHODS["pyramiddrop"](12)] == [3, 6, 9]
     assert METHODS["vtw"](32) == (Stage(15, 0, None),)
-    assert METHODS["himap"](12) == METHODS["himap-paper"](40) == HIMAP
 
 
-def test_stage_without_score_drops_the_picture():
-    """A schedule that drops the whole picture by a typing mistake, or pays for a ranking that decides nothing."""
-    assert parse_stages("3:0:none") == (Stage(3, 0, None),) and Stage(3, 0, None).name == "none"
-    for layer, keep, score in ((3, 0, image_to_image), (3, 4, None), (3, 0.0, None), (3, 0.5, None)):
-        with pytest.raises(HimapError):
-            Stage(layer, keep, score)
+def test_parse_stages():
+    """A share read as a count, or the other way round; names bound to the wrong function."""
+    want = Stage(2, 0.5, text_to_image), Stage(8, 72, image_to_image)
+    assert parse_stages("2:0.5:text_to_image, 8:72:image_to_image") == want
+    assert [type(parse_stages(f"2:{keep}:text_to_image")[0].keep) for keep in ("1", "1.0")] == [int, float]
+    assert parse_stages("3:0:none") == (Stage(3, 0, None),)
+    for name, score in SCORES.items():
+        (stage,) = parse_stages(f"3:.5:{name}")
+        assert stage.name == name == score.__name__ and stage.score is score
 
 
 def test_parse_method(tiny_llava):
@@ -85,25 +91,49 @@ def test_parse_method(tiny_llava):
     assert parse_method("vtw", model).tokens_per_layer(model.config) == [16] * 5 + [0] * 7
 
 
-@pytest.mark.parametrize("name", ["himap", "himap-paper", "fastv", "none"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "himap-caption"])  # K2 = 15 lies beyond 12 layers
 def test_stages_by_name(shapes, scene_picture, name):
-    """What a folder recommends not read from it; a name that means other stages to the model than to the command."""
+    """A name that decoder, generator, model or assistant do not know, or take for another method; the schedule that a
+    folder recommends not read from it, or the paper's under its name."""
     stages = parse_method(name, shapes).stages
-    assert (stages == HIMAP) is (name == "himap-paper")  # weights/shapes recommends one of its own
-    by_name, by_stages = (shapes.generate(scene_picture, "Why?", given, 1) for given in (name, stages))
-    kept = [[stage.kept.tolist() for stage in answer.trace.stages] for answer in (by_name, by_stages)]
-    assert kept[0] == kept[1] and len(kept[0]) == len(stages)
+    answer, named = (shapes.generate(scene_picture, "What color is the star?", s, 2) for s in (stages, name))
+    assert named.token_ids == answer.token_ids
+    ids, pixels = torch.tensor([answer.prompt_ids]), shapes.preprocess(scene_picture)
+    traces = [named.trace, shapes(ids, pixels, name).trace.item(0)]
+    if name == "himap":
+        assert [(stage.layer, stage.name) for stage in stages] == [(1, "text_to_image"), (11, "image_to_image")]
+    else:
+        assert stages == tuple(METHODS[name](12))
+    decoder, x = shapes.language_model, shapes.embed(answer.prompt_ids, shapes.embed_image(pixels)[0])[None]
+    for known in {"himap": (), "himap-paper": (name, "himap")}.get(name, (name,)):  # by the decoder: no recommendation
+        outs = decoder(x, answer.image_span, known).trace, generate(decoder, x, answer.image_span, known, 1).traces[0]
+        traces += [trace.item(0) for trace in outs]
+    want = [stage.kept.tolist() for stage in answer.trace.stages]
+    assert all([stage.kept.tolist() for stage in trace.stages] == want for trace in traces)
 
 
 BAD = ["himapp", "", "cls", "cls:", "cls:0", "cls:17", "cls:-1", "pool:5", "pool:2.0", "vtw:3", "random-1"]
-BAD += ["13:0.5:text_to_image", "2:99:text_to_image", "2:0:none,3:1:none", "2:0:text_to_image"]
+BAD += ["13:0.5:text_to_image", "2:99:text_to_image", "2:0:none,3:1:none", "2:0:text_to_image", "himap-caption"]
+BAD += ["divprune:0", "divprune:17", "visionzip:2", "visionzip:17", "down:0", "down:5", "down"]
 
 
 @pytest.mark.parametrize("text", BAD)
 def test_parse_method_errors(tiny_llava, text):
-    """A traceback, or an error only after the model has been busy for hours."""
+    """A traceback, or an error only after the model has been busy for hours: more tokens than there are, or none."""
     with pytest.raises(HimapError):
         parse_method(text, tiny_llava(text={"num_hidden_layers": 12}))
+
+
+BOGUS = [("bogus", "unknown"), ("himap-caption", "does not exist"), ((Stage(99, 1, text_to_image),), "does not exist")]
+
+
+@pytest.mark.parametrize("stages, message", BOGUS, ids=str)
+def test_stages_are_checked_without_a_picture(shapes, stages, message):
+    """A mistake that shows only with the first picture."""
+    first = shapes.generate(None, "What is it?", max_new_tokens=1)
+    for options in ({}, {"past": first.past}):
+        with pytest.raises(HimapError, match=message):
+            shapes.generate(None, "What is it?", stages, 1, **options)
 
 
 # ---------------------------------------------------------------- before the decoder
@@ -151,15 +181,17 @@ def test_average_pool(tiny_llava, pixels):
     assert AveragePool(3)(model, pixels).shape == (2, 9, 32)
 
 
-@pytest.mark.parametrize("reducer", [ClsAttention(5), ClsAttention(16), AveragePool(3)], ids=str)
+@pytest.mark.parametrize("reducer", [
+    ClsAttention(5), ClsAttention(16), AveragePool(3), DivPrune(5), VisionZip(6), Downsample(2),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("changes", [
     {}, {"projector_type": "linear"}, {"vision_feature_layer": -1}, {"vision_feature_layer": (-2, 0, 1)},
 ], ids=str)  # fmt: skip
 def test_reducers_count_themselves(tiny_llava, pixels, reducer, changes):
-    """FLOPs that a method spends before the decoder and does not own up to."""
+    """FLOPs that a method spends before the decoder, or saves, and does not own up to; another number of tokens."""
     model = tiny_llava(**changes)
-    flops, _ = counted(reducer, model, pixels[:1])
-    assert flops == sum(reducer.flops(model.config))
+    flops, tokens = counted(reducer, model, pixels[:1])
+    assert flops == sum(reducer.flops(model.config)) and tokens.shape[1] == reducer.num_image_tokens(model.config)
 
 
 def test_reducers_need_patches(tiny_llava):
@@ -171,18 +203,20 @@ def test_reducers_need_patches(tiny_llava):
         ClsAttention(3).num_image_tokens(tiny_llava(vision_feature_layer=0).config)
 
 
-@pytest.mark.parametrize("reducer, tokens", [(ClsAttention(20), 20), (AveragePool(4), 16)], ids=str)
+@pytest.mark.parametrize("reducer, tokens", [(ClsAttention(9), 9), (AveragePool(4), 16)], ids=str)
 def test_answer_with_reducer(shapes, scene_picture, reducer, tokens):
-    """A prompt that keeps places for dropped tokens; a ratio against a vanilla that was reduced too."""
-    answer = shapes.generate(scene_picture, "How many things are there?", reducer=reducer)
-    plain = shapes.generate(scene_picture, "How many things are there?")
+    """A prompt that keeps places for dropped tokens; the model's own FLOPs in the place of the reducer's, or the other
+    way round in what an answer is compared with."""
+    question, config = "How many things are there?", shapes.config
+    flops, answer = counted(partial(shapes.generate, scene_picture, question, (), 2, reducer=reducer))
+    plain = shapes.generate(scene_picture, question, (), 2)
     start, stop = answer.image_span
     assert stop - start == tokens and len(plain.prompt_ids) - len(answer.prompt_ids) == 144 - tokens
-    assert answer.flops.vanilla.prefill == plain.flops.prefill and answer.flops.vanilla.vision == plain.flops.vision
-    assert (answer.flops.vision, answer.flops.projector) == reducer.flops(shapes.config)
-    assert plain.flops.vision == vision_flops(shapes.config) and plain.flops.projector == projector_flops(shapes.config)
-    assert answer.flops.prefill < plain.flops.prefill
-    blind = shapes.generate(None, "How many things are there?", reducer=reducer)
+    assert answer.flops.total == flops and answer.flops.prefill < plain.flops.prefill
+    assert (answer.flops.vision, answer.flops.projector) == reducer.flops(config)
+    assert (plain.flops.vision, plain.flops.projector) == (vision_flops(config), projector_flops(config))
+    assert answer.flops.vanilla == plain.flops.vanilla and answer.flops.vanilla.total == plain.flops.total
+    blind = shapes.generate(None, question, reducer=reducer)
     assert blind.flops.vision == 0 and blind.image_span is None
 
 

@@ -40,6 +40,18 @@ def originals(tmp_path_factory, processor):
     return root
 
 
+@pytest.fixture(scope="module")
+def logits(originals, processor):
+    """{name: what `compare` gives for that original}"""
+    return {name: compare(originals / name, processor) for name in ("one", "other")}
+
+
+@pytest.fixture
+def folder(originals, tmp_path):
+    """A copy of the first, to change."""
+    return Path(shutil.copytree(originals / "one", tmp_path / "m"))
+
+
 @torch.inference_mode()
 def compare(folder: Path, processor) -> torch.Tensor:
     """Asserts that the first token's logits are transformers', and returns them."""
@@ -75,9 +87,8 @@ HEADS = {
 
 @pytest.mark.parametrize("top, text", [(True, None), (None, True), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("head", HEADS)
-def test_tied(originals, processor, tmp_path, head, top, text):
+def test_tied(logits, folder, processor, head, top, text):
     """A trained head thrown away because of a flag that somebody forgot; the flag sought in one place only."""
-    folder = shutil.copytree(originals / "one", tmp_path / "m")
 
     def flags(data):
         for where, value in ((data, top), (data["text_config"], text)):
@@ -86,23 +97,22 @@ def test_tied(originals, processor, tmp_path, head, top, text):
 
     edit_config(folder, flags)
     rewrite(folder / SAFE, HEADS[head])
-    different = (compare(folder, processor) - compare(originals / "one", processor)).abs().max() > 1e-3
+    different = (compare(folder, processor) - logits["one"]).abs().max() > 1e-3
     assert different == (head != "differs")
 
 
-def test_the_encoders_flag_ties_nothing(originals, processor, tmp_path):
+def test_the_encoders_flag_ties_nothing(folder, processor):
     """Every configuration within the configuration can bear that flag; only the decoder's counts."""
-    folder = shutil.copytree(originals / "one", tmp_path / "m")
     edit_config(folder, lambda data: data["vision_config"].update(tie_word_embeddings=True))
     compare(folder, processor)
     assert not Llava.from_pretrained(folder).config.text_config.tie_word_embeddings
 
 
-def test_flops_are_the_same_with_a_head_of_its_own(originals, tmp_path):
+def test_flops_are_the_same_with_a_head_of_its_own(originals, folder):
     """A product counted twice or not at all where the flag and the files differ."""
-    folder, plain = shutil.copytree(originals / "one", tmp_path / "m"), Llava.from_pretrained(originals / "one")
     edit_config(folder, lambda data: data.update(tie_word_embeddings=True))
-    both = [model.generate(noise(40, 30), "Why?", max_new_tokens=3) for model in (plain, Llava.from_pretrained(folder))]
+    models = [Llava.from_pretrained(each) for each in (originals / "one", folder)]
+    both = [model.generate(noise(40, 30), "Why?", max_new_tokens=3) for model in models]
     assert both[0].flops == both[1].flops and both[0].token_ids == both[1].token_ids
 
 
@@ -126,39 +136,27 @@ def strays(folder: Path, originals: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"not read")
 
 
-STATES = {"shards left": shards_left, "index left": index_left, "strays": strays}
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_one_file_goes_before_all(originals, processor, tmp_path, state):
-    """The weights of an earlier save, or of some other file, under the new one's name."""
-    folder = shutil.copytree(originals / "other", tmp_path / "m")
-    STATES[state](folder, originals)
-    assert torch.equal(compare(folder, processor), compare(originals / "other", processor))
-
-
-def test_index_goes_before_strays(originals, processor, tmp_path):
-    """Files that lie beside the shards mixed into them."""
-    folder = shutil.copytree(originals / "shards", tmp_path / "m")
-    strays(folder, originals)
-    assert torch.equal(compare(folder, processor), compare(originals / "one", processor))
-
-
-def test_a_save_over_shards(originals, processor, tmp_path):
+def saved_over(folder: Path, originals: Path) -> None:
     """As people come by it: transformers' own save_pretrained into a folder that was used before."""
-    folder = shutil.copytree(originals / "shards", tmp_path / "m")
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(originals / "other")
-    model.save_pretrained(folder)
-    assert torch.equal(compare(folder, processor), compare(originals / "other", processor))
+    transformers.LlavaForConditionalGeneration.from_pretrained(originals / "other").save_pretrained(folder)
 
 
-def test_tensors_of_which_the_index_is_silent(originals, processor, tmp_path):
-    """An index edited by hand: transformers reads all that is in the files that it names."""
-    folder = shutil.copytree(originals / "shards", tmp_path / "m")
+def silent_index(folder: Path, originals: Path) -> None:
+    """Edited by hand: transformers reads all that is in the files that it names."""
     data = json.loads((folder / INDEX).read_text())
     del data["weight_map"][next(name for name in data["weight_map"] if "q_proj" in name)]
     write_json(folder / INDEX, data)
-    assert torch.equal(compare(folder, processor), compare(originals / "one", processor))
+
+
+@pytest.mark.parametrize("origin, change, meant", [
+    ("other", shards_left, "other"), ("other", index_left, "other"), ("other", strays, "other"),
+    ("shards", strays, "one"), ("shards", saved_over, "other"), ("shards", silent_index, "one"),
+])  # fmt: skip
+def test_which_files(originals, logits, processor, tmp_path, origin, change, meant):
+    """The weights of an earlier save, or of some other file, under the new one's name or mixed into its shards."""
+    folder = Path(shutil.copytree(originals / origin, tmp_path / "m"))
+    change(folder, originals)
+    assert torch.equal(compare(folder, processor), logits[meant])
 
 
 # ---------------------------------------------------------------- settings in two files
@@ -172,9 +170,8 @@ PARTIAL = {name: OTHER[name] for name in ("image_processor_type", "size", "crop_
 
 @pytest.mark.parametrize("nested", ["as saved", "absent", None, PARTIAL], ids=str)
 @pytest.mark.parametrize("older", [OTHER, {**PARTIAL, "do_pad": None}], ids=["other", "partial"])
-def test_image_processor(originals, tmp_path, nested, older):
+def test_image_processor(folder, nested, older):
     """The older file's mean where the newer one has another, or the two mixed."""
-    folder = shutil.copytree(originals / "one", tmp_path / "m")
     data = json.loads((folder / "processor_config.json").read_text())
     if nested == "absent":
         del data["image_processor"]
@@ -225,40 +222,22 @@ def with_rope(data: dict, settings: dict) -> dict:
 def test_rope(originals, settings):
     """A factor applied to the wrong channels or not at all; settings found in one of their places only."""
     data = with_rope(json.loads((originals / "one" / "config.json").read_text()), settings)
-    ours, theirs = read_config(data).text_config, transformers.LlavaConfig.from_dict(data).text_config
+    ours = read_config(data)
+    written = config_json(ours, {})  # and what this project itself writes means the same
+    assert read_config(json.loads(json.dumps(written))).text_config == ours.text_config
     positions = torch.arange(500)[None]
-    expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)(torch.zeros(1), positions)
-    for got, want in zip(rope(positions, ours, torch.float32), expected, strict=True):
-        torch.testing.assert_close(got[:, :, 0], want, atol=1e-4, rtol=0)
-    again = read_config(json.loads(json.dumps(config_json(read_config(data), {}))))
-    assert again.text_config == ours
-    theirs = transformers.LlavaConfig.from_dict(config_json(read_config(data), {})).text_config
-    written = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)(torch.zeros(1), positions)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(written, expected, strict=True))
+    for config in (data, written):
+        theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+            transformers.LlavaConfig.from_dict(config).text_config
+        )
+        for got, want in zip(
+            rope(positions, ours.text_config, torch.float32), theirs(torch.zeros(1), positions), strict=True
+        ):
+            torch.testing.assert_close(got[:, :, 0], want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["linear", "llama3"])
-def test_rope_in_the_whole_model(originals, processor, tmp_path, case):
+def test_rope_in_the_whole_model(logits, folder, processor, case):
     """The right angles, used in another place than transformers does."""
-    folder = shutil.copytree(originals / "one", tmp_path / "m")
     edit_config(folder, lambda data: data.update(with_rope(data, ROPES[case])))
-    assert (compare(folder, processor) - compare(originals / "one", processor)).abs().max() > 1e-2
-
-
-# ---------------------------------------------------------------- features of several layers
-
-
-@pytest.mark.parametrize("strategy", ["default", "full"])
-@pytest.mark.parametrize("layers", [[-2], [-2, -1], [0, 3, 1], [-1, -1], [-4]], ids=str)
-@torch.inference_mode()
-def test_feature_layers(tmp_path, layers, strategy):
-    """Features in another order, with the class token of all but one, or of layers that are never run."""
-    processor = make_processor(strategy=strategy)
-    top = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}
-    model = make_model(processor, {}, {}, top)
-    save(tmp_path, model, processor)
-    compare(tmp_path, processor)
-    ours, pixels = Llava.from_pretrained(tmp_path), processor.image_processor(noise(50, 40), return_tensors="pt")
-    expected = torch.stack(tuple(model.get_image_features(**pixels).pooler_output))
-    torch.testing.assert_close(ours.embed_image(pixels.pixel_values), expected, atol=1e-4, rtol=0)
-    assert len(ours.vision_tower.layers) == max(layer % 4 for layer in layers)
+    assert (compare(folder, processor) - logits["one"]).abs().max() > 1e-2
