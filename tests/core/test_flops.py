@@ -7,29 +7,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from himap_ref import (
-    HIMAP,
-    HIMAP_CAPTION,
-    LLAVA_1_5_7B,
-    LLAVA_1_5_13B,
-    HimapError,
-    Stage,
-    image_to_image,
-    text_to_image,
-)
+from himap_ref import HIMAP, HIMAP_CAPTION, HimapError, Stage, image_to_image, text_to_image
 from himap_ref.assistant.answer import count_flops, kv_cache_bytes, vanilla_passes
+from himap_ref.config import LLAVA_1_5_7B, LLAVA_1_5_13B
 from himap_ref.flops import LayerTrace, layer_flops, pass_flops, projector_flops, vision_flops
 from himap_ref.generation import generate
-from himap_ref.methods.plan import plan_prefill
+from himap_ref.methods.plan import plan_prefill, tokens_per_layer
 from himap_ref.methods.schedules import FASTV
 from himap_ref.methods.scores import all_to_image, last_to_image, random
-from himap_ref.studies.accuracy.literature import (
-    definitions,
-    lm_head_flops,
-    paper_flops,
-    three_matrix_layer,
-    tokens_per_layer,
-)
+from himap_ref.studies.accuracy.literature import definitions, lm_head_flops, paper_flops, three_matrix_layer
 
 CONFIG_7B, CONFIG_13B = LLAVA_1_5_7B.text_config, LLAVA_1_5_13B.text_config
 
@@ -59,20 +45,15 @@ CASES = {
     "last vision layer": ({"vision_feature_layer": -1}, (Stage(1, 9, random), Stage(2, 4, all_to_image))),
     "first vision layer": ({"vision_feature_layer": 1, "vision": {"patch_size": 4}}, (Stage(2, 0.5, both_ways),)),
     "several vision layers": ({"vision_feature_layer": (-3, 2, 0)}, TWO),
-    "several, class token, linear": (
-        {
-            "vision_feature_layer": (-1, 1),
-            "vision_feature_select_strategy": "full",
-            "projector_type": "linear",
-        },
-        TWO,
-    ),
+    "several, class token, linear": ({
+        "vision_feature_layer": (-1, 1), "vision_feature_select_strategy": "full", "projector_type": "linear",
+    }, TWO),
     "longer contexts": ({"text": {"rope_type": "llama3", "factor": 8.0}}, TWO),
     "no vision layer": ({"vision_feature_layer": 0}, (Stage(1, 1, image_to_image), Stage(4, 1, text_to_image))),
     "wide heads": ({"text": {"head_dim": 12, "num_hidden_layers": 3}}, (Stage(2, 16, image_to_image),)),
     "the whole picture": ({}, (Stage(2, 9, text_to_image), Stage(3, 0, None))),
     "one layer": ({"text": {"num_hidden_layers": 1}}, ()),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,8 +70,7 @@ def test_equal_to_torchs_counter(tiny_llava, embeddings, case):
     span, n = (3, 3 + config.num_image_tokens), x.shape[1]
     flops, out = counted(decoder, x, span, stages)
     plan = plan_prefill(config.text_config, span, n, stages)
-    assert plan == out.trace.layers
-    assert flops == pass_flops(config.text_config, out.trace.layers) == pass_flops(config.text_config, plan)
+    assert plan == out.trace.layers and flops == pass_flops(config.text_config, plan)
     for step in (n, n + 1):
         next_token = partial(decoder, positions=torch.tensor([[step]]), cache=out.cache)
         flops, out = counted(next_token, embeddings(1, 1, seed=step))
@@ -148,14 +128,11 @@ def test_kv_cache_bytes(tiny_decoder, embeddings, stages):
     """A cache taken for smaller than it is: the layer that ranks still holds what it drops."""
     decoder = tiny_decoder(num_key_value_heads=2)
 
-    def held(cache):
-        return sum(t.nbytes for layer in cache for t in (layer.k, layer.v))
-
-    out = decoder(embeddings(1, 25), (3, 19), stages)
-    assert kv_cache_bytes(decoder.config, out.trace.layers, 4) == held(out.cache)
-    out = decoder(embeddings(1, 1), positions=torch.tensor([[25]]), cache=out.cache)
-    assert kv_cache_bytes(decoder.config, out.trace.layers, 4) == held(out.cache)
-    assert kv_cache_bytes(decoder.config, out.trace.layers) * 2 == held(out.cache)
+    prefill = decoder(embeddings(1, 25), (3, 19), stages)
+    for out in (prefill, decoder(embeddings(1, 1), positions=torch.tensor([[25]]), cache=prefill.cache)):
+        held = sum(t.nbytes for layer in out.cache for t in (layer.k, layer.v))
+        assert kv_cache_bytes(decoder.config, out.trace.layers, 4) == held
+        assert kv_cache_bytes(decoder.config, out.trace.layers) * 2 == held
 
 
 # ---------------------------------------------------------------- numbers in print (LLaVA-1.5)
@@ -184,22 +161,19 @@ def test_whole_prompts_of_the_literature():
     assert vtw == pytest.approx(8.48e12, abs=0.01e12)
 
 
-@pytest.mark.parametrize("config, ratio", [(CONFIG_7B, 0.246), (CONFIG_13B, 0.222)], ids=["7B", "13B"])
-def test_himaps_ratio(config, ratio):
-    """Stages that take effect a layer early or late: the paper's ratio (its eq. 10) would change."""
+@pytest.mark.parametrize("config, text, ratio", [
+    (CONFIG_7B, 0, 0.246), (CONFIG_13B, 0, 0.222), (CONFIG_7B, 40, 0.294), (CONFIG_7B, 64, 0.319),
+    (CONFIG_7B, 100, 0.355), (CONFIG_7B, 150, 0.398),
+])  # fmt: skip
+def test_himaps_ratio(config, text, ratio):
+    """Stages that take effect a layer early or late: the paper's ratio (its eq. 10) would change; text as prunable."""
     tokens = tokens_per_layer(HIMAP, 576, config.num_hidden_layers)
     assert tokens[:9] == [576] * 2 + [288] * 6 + [72] and tokens[-1] == 72
-    vanilla = paper_flops(config, [576] * config.num_hidden_layers)
-    assert paper_flops(config, tokens) / vanilla == pytest.approx(ratio, abs=5e-4)
+    vanilla = paper_flops(config, [text + 576] * config.num_hidden_layers)
+    got = paper_flops(config, [text + n for n in tokens]) / vanilla
+    assert got == pytest.approx(ratio, abs=5e-4)
     (named,) = (v for k, v in definitions(config, HIMAP, 36, 576, 10).items() if "the paper's" in k)
-    assert named == paper_flops(config, tokens) / vanilla
-
-
-@pytest.mark.parametrize("text, ratio", [(40, 0.294), (64, 0.319), (100, 0.355), (150, 0.398)])
-def test_himaps_ratio_with_text(text, ratio):
-    """Text taken for prunable."""
-    tokens = [text + n for n in tokens_per_layer(HIMAP, 576, 32)]
-    assert paper_flops(CONFIG_7B, tokens) / paper_flops(CONFIG_7B, [text + 576] * 32) == pytest.approx(ratio, abs=5e-4)
+    assert (named == got) is (text == 0)
 
 
 @pytest.mark.parametrize("stages, mean", [(HIMAP, 144.0), (HIMAP_CAPTION, 191.25), (FASTV, 306.0), ((), 576.0)])
