@@ -51,8 +51,7 @@ def test_every_weight_is_trained(tiny_decoder):
 
 
 def test_forward_of_the_whole_model(tiny_llava, embeddings):
-    """all_rows forgotten on the way to the decoder; a prompt without a picture, or without a word (torch's own error
-    about the type of none); more prompts than pictures."""
+    """all_rows forgotten on its way; a prompt with no picture, or no word to look up; more prompts than pictures."""
     model, pixels, ids = tiny_llava(), embeddings(2, 60, 20).view(2, 3, 20, 20), torch.tensor([IDS] * 2)
     last, every = model(ids, pixels), model(ids, pixels, all_rows=True)
     assert last.hidden.shape == (2, 1, 32) and every.hidden.shape == (2, 20, 32)
@@ -122,8 +121,7 @@ def turned(position, channel, config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
 def test_angles(kind, dtype):
-    """Channels that turn faster for a longer context, not slower; slow ones taken for fast ones; no mixture between.
-    Angles rounded in the weights' dtype: at n = 600 in bf16 a sixth of the kept tokens changes."""
+    """Channels that turn the wrong way for a longer context, or no mixture; rounded in bf16: other tokens are kept."""
     config = TextConfig(
         hidden_size=64, num_attention_heads=1, rope_type=kind, factor=8.0, original_max_position_embeddings=200,
     )  # fmt: skip

@@ -72,8 +72,7 @@ def test_nothing_is_nan(at, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_scores_are_fp32(at, dtype):
-    """A softmax, a head mean or a sum in half precision: neighbours tie, and which one stays is chance. A user's own
-    score in half precision recorded or ranked as such, or refused."""
+    """A softmax, a head mean or a sum in half precision, where neighbours tie; a user's half scores kept as such."""
     seen = {}
 
     def spy(view, name):

@@ -42,8 +42,7 @@ def recorded():
 
 @pytest.mark.parametrize("case", PRUNE, ids=lambda case: case["id"])
 def test_prune_case(official, case):
-    """Any departure from the official algorithm: layer, rows, heads, order, positions, masks; another row than the last
-    computed in the last layer."""
+    """Any departure from the official algorithm: layer, rows, heads, order, positions, masks, the last layer's row."""
     want, span = tensors("prune_cases", case), span_of(case)
     every, last = (official(want["inputs_embeds"], span, stages_of(case), all_rows=rows) for rows in (True, False))
     assert_close(every.hidden, want["last_hidden"], **near)
@@ -67,8 +66,7 @@ def test_vanilla_case(official, case):
 
 
 def test_reprune_is_official(official, recorded):
-    """Re-ranking that leaves generated tokens out of the text rows, or keeps a stale choice; logits of later steps that
-    drift while the greedy tokens happen to agree."""
+    """Text rows without the generated tokens, a stale choice; logits that drift while greedy tokens agree."""
     span, x, count = span_of(GENERATE), recorded["inputs_embeds"], GENERATE["new_tokens"]
     out = generate(official, x, span, stages_of(GENERATE), count, reprune=True)
     assert out.token_ids == [recorded["tokens"].tolist()]

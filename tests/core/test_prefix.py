@@ -110,8 +110,7 @@ def test_flops(tiny_decoder, embeddings, schedule, changes):
 
 @pytest.mark.parametrize("reducer", [None, ClsAttention(9)], ids=str)
 def test_answers_are_the_same(shapes, scene_picture, reducer):
-    """A prefix that changes answers or kept tokens, does nothing, or forgets what it saves; fewer image tokens that
-    shift it."""
+    """A prefix that changes answers or kept tokens, saves nothing or forgets it, or that fewer image tokens shift."""
     config, prefix, stages = shapes.config.text_config, shapes.prefix(), () if reducer else HIMAP
     got = shapes.generate([scene_picture] * 2, [QUESTION] * 2, stages, past=prefix, reducer=reducer)[1]
     want = shapes.generate(scene_picture, QUESTION, stages, reducer=reducer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import pytest
 from tokenizers import processors
@@ -24,23 +23,19 @@ def tokenizer(request):
     return make_tokenizer(*request.param)
 
 
-class Prompt(NamedTuple):
-    ids: list
-    image_span: tuple | None
-
-
 def encode(tokenizer, question, template=TEMPLATE, has_image=True, turn=None):
     image = tokenizer.token_to_id(IMAGE_TOKEN)
-    ids = encode_prompt(tokenizer, question, template, image, N if has_image else 0, turn)
-    return Prompt(ids, find_image_span(ids, image))
+    return encode_prompt(tokenizer, question, template, image, N if has_image else 0, turn)
 
 
-def text_of(tokenizer, prompt, skip_special_tokens=False):
+def span_of(tokenizer, ids):
+    return find_image_span(ids, tokenizer.token_to_id(IMAGE_TOKEN))
+
+
+def text_of(tokenizer, ids):
     """The prompt's text with one <image> for all of the image's tokens, without whitespace (LLaMA adds some)."""
-    ids = list(prompt.ids)
-    if prompt.image_span:
-        ids[prompt.image_span[0] + 1 : prompt.image_span[1]] = []
-    return "".join(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens).split())
+    start, stop = span_of(tokenizer, ids) or (0, 1)
+    return "".join(tokenizer.decode(ids[: start + 1] + ids[stop:], skip_special_tokens=False).split())
 
 
 def test_templates_are_word_for_word():
@@ -52,63 +47,66 @@ def test_templates_are_word_for_word():
     )
 
 
-@pytest.mark.parametrize("template", [
-    "{question} <image>", "<image><image>{question}", "<image>", "{question}", "USER: {question}",
-    "<image>\nWhat is it?", "<image> <image>\n{question}",
+@pytest.mark.parametrize("question, template, message", [
+    *((question, template, "template") for question in ("What is it?", "Is <image> a tag?") for template in (
+        "{question} <image>", "<image><image>{question}", "<image>", "{question}", "USER: {question}",
+        "<image>\nWhat is it?", "<image> <image>\n{question}",
+    )),
+    *((question, TEMPLATE, "empty") for question in ("", " ", "\n\t ")), ("what \ud800?", TEMPLATE, "Unicode"),
 ])  # fmt: skip
-def test_templates_that_cannot_be_used(tokenizer, template):
-    """An <image> that the user typed in front taken for the template's own; the picture or the question left out."""
-    for question in ("What is it?", "Is <image> a tag?"):
-        with pytest.raises(HimapError, match="template"):
-            encode(tokenizer, question, template)
+def test_refused(tokenizer, question, template, message):
+    """A typed <image> taken for the template's, no place for picture or question, no question, half a letter."""
+    with pytest.raises(HimapError, match=message):
+        encode(tokenizer, question, template)
+
+
+def test_tokenizer_without_image_token(tokenizer):
+    """A plain LLaMA's tokenizer beside LLaVA's weights would fail later, or take another token for the picture."""
+    with pytest.raises(HimapError, match="32000"):
+        encode_prompt(tokenizer, "What is it?", TEMPLATE, 32000, N)
 
 
 def test_padding_and_truncation_in_the_file_are_ignored(tokenizer, tmp_path):
     """A tokenizer.json saved in the middle of somebody's training: prompts padded to 203 tokens, or cut to 10."""
-    expected = encode(tokenizer, "What is it?").ids
+    expected = encode(tokenizer, "What is it?")
     tokenizer.enable_padding(length=203)
     tokenizer.enable_truncation(10)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert encode(read_tokenizer(tmp_path), "What is it?").ids == expected
+    assert encode(read_tokenizer(tmp_path), "What is it?") == expected
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_span_is_found_in_the_ids(tokenizer, template):
     """A span fixed at 35 (the official code) would be wrong for every other tokenizer and template."""
-    image = tokenizer.token_to_id(IMAGE_TOKEN)
-    prompt = encode(tokenizer, "What is in the picture?", template)
-    start, stop = prompt.image_span
-    assert prompt.ids[start:stop] == [image] * N
-    assert prompt.ids.count(image) == N
-    first = template.partition("{answer}")[0]
-    before, after = first.replace("{question}", "What is in the picture?").split("<image>")
-    assert prompt.ids[0] == tokenizer.token_to_id("<s>")
-    assert prompt.ids.count(tokenizer.token_to_id("<s>")) == 1
+    image, bos, question = tokenizer.token_to_id(IMAGE_TOKEN), tokenizer.token_to_id("<s>"), "What is in the picture?"
+    prompt = encode(tokenizer, question, template)
+    start, stop = span_of(tokenizer, prompt)
+    assert prompt[start:stop] == [image] * N and prompt.count(image) == N
+    assert prompt[0] == bos and prompt.count(bos) == 1
+    before, after = template.partition("{answer}")[0].replace("{question}", question).split("<image>")
     assert start == len(tokenizer.encode(before).ids)
-    text = tokenizer.decode(prompt.ids[stop:], skip_special_tokens=False)
-    assert text.strip() == after.strip()
+    assert tokenizer.decode(prompt[stop:], skip_special_tokens=False).strip() == after.strip()
 
 
 @pytest.mark.parametrize("question", [
     "Is <image> a tag?", "<image>", "<image><image>\n<image> ?", "What does </s> mean?", "</s>", "<s>",
     "<s> and </s>, <s>", "What is <unk>?", "<pad><image></s>",
+    "Was ist 🦊 und 猫?", "naïve é\u0301 \u200d\u200b", "\tTabs\r\nand lines\n\n", "{}{question}{0}%s\\n",
 ])  # fmt: skip
 @pytest.mark.parametrize("has_image", [True, False])
-def test_special_tokens_in_the_question_are_text(tokenizer, question, has_image):
-    """A typed "<image>" would be a second picture, a typed "</s>" would end the prompt in the model's eyes."""
+def test_any_question_is_text(tokenizer, question, has_image):
+    """A typed <image> that is a second picture, a typed </s> that ends; unknown letters lost, braces filled in."""
     prompt = encode(tokenizer, question, has_image=has_image)
     ids = {token: tokenizer.token_to_id(token) for token in ("<image>", "</s>", "<s>", "<unk>", "<pad>")}
-    assert prompt.ids.count(ids["<image>"]) == (N if has_image else 0)
-    assert prompt.ids.count(ids["<s>"]) == 1
-    assert prompt.ids[0] == ids["<s>"]
-    assert not {ids["</s>"], ids["<unk>"], ids["<pad>"]} & set(prompt.ids)
-    plain = encode(tokenizer, "x", has_image=has_image)
-    assert prompt.image_span == plain.image_span
-    expected = TEMPLATE.replace("{question}", question)
-    expected = "<s>" + (expected if has_image else expected.replace("<image>\n", "", 1))
-    assert text_of(tokenizer, prompt) == "".join(expected.split())
+    assert prompt.count(ids["<image>"]) == (N if has_image else 0)
+    assert prompt.count(ids["<s>"]) == 1 and prompt[0] == ids["<s>"]
+    assert not {ids["</s>"], ids["<unk>"], ids["<pad>"]} & set(prompt)
+    span = span_of(tokenizer, prompt)
+    assert span == span_of(tokenizer, encode(tokenizer, "x", has_image=has_image))
+    expected = TEMPLATE if has_image else TEMPLATE.replace("<image>\n", "")
+    assert text_of(tokenizer, prompt) == "".join(f"<s>{expected.replace('{question}', question)}".split())
     if has_image:  # what an answer's text would be: nothing of the question is a token that decoding skips
-        kept = tokenizer.decode(prompt.ids[prompt.image_span[1] :], skip_special_tokens=True)
+        kept = tokenizer.decode(prompt[span[1] :], skip_special_tokens=True)
         assert "".join(f"{question} ASSISTANT:".split()) == "".join(kept.split())
 
 
@@ -119,48 +117,27 @@ def test_question_without_special_tokens_is_tokenised_in_one_piece(tokenizer, te
     prompt = encode(tokenizer, question, template)
     ids = tokenizer.encode(template.replace("{question}", question)).ids
     place = ids.index(tokenizer.token_to_id(IMAGE_TOKEN))
-    assert prompt.ids == ids[:place] + [ids[place]] * N + ids[place + 1 :]
+    assert prompt == ids[:place] + [ids[place]] * N + ids[place + 1 :]
 
 
 def test_text_only(tokenizer):
     """A prompt without a picture would still hold an image token, or the line break that followed it."""
     prompt = encode(tokenizer, "What is in the picture?", has_image=False)
-    assert prompt.image_span is None
-    assert tokenizer.token_to_id(IMAGE_TOKEN) not in prompt.ids
     text = TEMPLATE.replace("<image>\n", "").replace("{question}", "What is in the picture?")
-    assert prompt.ids == tokenizer.encode(text).ids
+    assert prompt == tokenizer.encode(text).ids
     own = encode(tokenizer, "Hello?", "USER: <image> {question} ASSISTANT:", has_image=False)  # without a line break
-    assert own.image_span is None and tokenizer.token_to_id(IMAGE_TOKEN) not in own.ids
-
-
-@pytest.mark.parametrize("question", [
-    "Was ist 🦊 und 猫?", "naïve é\u0301 \u200d\u200b", "\tTabs\r\nand lines\n\n", "{}{question}{0}%s\\n",
-])  # fmt: skip
-def test_any_text_survives(tokenizer, question):
-    """Characters outside the vocabulary would vanish, and braces would be taken for format fields."""
-    prompt = encode(tokenizer, question)
-    assert prompt.ids.count(tokenizer.token_to_id(IMAGE_TOKEN)) == N
-    expected = "<s>" + TEMPLATE.replace("{question}", question)
-    assert text_of(tokenizer, prompt) == "".join(expected.split())
-
-
-def test_tokenizer_is_left_unchanged(tokenizer):
-    """A switch left on after one odd question would change the ids of every later one."""
-    before, saved = encode(tokenizer, "What is it?"), tokenizer.to_str()
-    encode(tokenizer, "Is <image> or </s> a tag?")
-    assert encode(tokenizer, "What is it?") == before
-    assert tokenizer.to_str() == saved
-    assert not tokenizer.encode_special_tokens
+    assert tokenizer.token_to_id(IMAGE_TOKEN) not in own
 
 
 def test_odd_questions_disturb_nobody(tokenizer):
-    """A switch of the shared tokenizer, flipped while one question is spelled out: another thread's plain one fails."""
-    plain = encode(tokenizer, "What is it?")
+    """The shared tokenizer's switch flipped for one question: another thread's, or every later one, gets other ids."""
+    plain, saved = encode(tokenizer, "What is it?"), tokenizer.to_str()
     with ThreadPoolExecutor(4) as pool:
-        odd = [pool.submit(encode, tokenizer, f"Is <image> or </s> tag {i}?") for i in range(40)]
-        others = [pool.submit(encode, tokenizer, "What is it?") for _ in range(200)]
+        odd = [pool.submit(encode, tokenizer, f"Is <image> or </s> tag {i}?") for i in range(20)]
+        others = [pool.submit(encode, tokenizer, "What is it?") for _ in range(100)]
     assert all(other.result() == plain for other in others)
-    assert all(one.result().image_span == plain.image_span for one in odd)
+    assert all(span_of(tokenizer, one.result()) == span_of(tokenizer, plain) for one in odd)
+    assert tokenizer.to_str() == saved and not tokenizer.encode_special_tokens
 
 
 @pytest.mark.parametrize("question", ["And to the left?", "Is <image> or </s> a tag?", "<s>"])
@@ -179,11 +156,11 @@ def test_later_turn(tokenizer, question, template, text):
     turn; other ids than where the answer and the turn are tokenised together."""
     turn = encode(tokenizer, question, template, has_image=False, turn="</s>")
     special = {tokenizer.token_to_id(token) for token in ("<s>", "</s>", "<image>")}
-    assert [id for id in turn.ids if id in special] == [tokenizer.token_to_id("</s>")] * ("</s>" in text)
+    assert [id for id in turn if id in special] == [tokenizer.token_to_id("</s>")] * ("</s>" in text)
     assert text_of(tokenizer, turn) == "".join(text.replace("{question}", question).split())
     if "<" not in question:
         said = tokenizer.encode("A circle").ids
-        assert said + turn.ids == tokenizer.encode("A circle" + text.replace("{question}", question)).ids
+        assert said + turn == tokenizer.encode("A circle" + text.replace("{question}", question)).ids
 
 
 @pytest.mark.parametrize("template", ["<s>{}", "<s> {}", "<s><s>{}"])
@@ -192,10 +169,10 @@ def test_one_bos(tokenizer, template, question):
     """The template's BOS and the tokenizer's; or, once the user types one, too, the template's spelled out as text."""
     bos = tokenizer.token_to_id("<s>")
     for has_image in (True, False):
-        ids = encode(tokenizer, question, template.format("<image>\n{question} ASSISTANT:"), has_image).ids
+        ids = encode(tokenizer, question, template.format("<image>\n{question} ASSISTANT:"), has_image)
         assert ids[0] == bos and ids.count(bos) == 1
     tokenizer.post_processor = processors.TemplateProcessing("<s> <s> $A", None, [("<s>", bos)])
-    assert encode(tokenizer, question).ids.count(bos) == 1
+    assert encode(tokenizer, question).count(bos) == 1
 
 
 def test_a_template_of_special_tokens(tokenizer):
@@ -203,25 +180,10 @@ def test_a_template_of_special_tokens(tokenizer):
     tokenizer.add_special_tokens(["<|user|>", "<|end|>"])
     user, end = (tokenizer.token_to_id(token) for token in ("<|user|>", "<|end|>"))
     template = "<|user|><image>\n{question}<|end|>{answer}<|end|><|user|>{question}<|end|>"
-    plain, odd = (encode(tokenizer, question, template).ids for question in ("Why?", "<|end|>"))
+    plain, odd = (encode(tokenizer, question, template) for question in ("Why?", "<|end|>"))
     assert [id for id in plain if id in (user, end)] == [id for id in odd if id in (user, end)] == [user, end]
-    turn = encode(tokenizer, "<|user|><|end|>", template, has_image=False, turn="").ids
+    turn = encode(tokenizer, "<|user|><|end|>", template, has_image=False, turn="")
     assert [id for id in turn if id in (user, end)] == [end, user, end] and turn[-1] == end
-
-
-@pytest.mark.parametrize("question, message", [
-    ("", "empty"), (" ", "empty"), ("\n\t ", "empty"), ("what \ud800?", "Unicode"),
-])  # fmt: skip
-def test_questions_that_are_none(tokenizer, question, message):
-    """A model that is asked nothing and answers something; a traceback for half a letter, as in a badly read file."""
-    with pytest.raises(HimapError, match=message):
-        encode(tokenizer, question)
-
-
-def test_tokenizer_without_image_token(tokenizer):
-    """A plain LLaMA's tokenizer beside LLaVA's weights would fail later, or take another token for the picture."""
-    with pytest.raises(HimapError, match="32000"):
-        encode_prompt(tokenizer, "What is it?", TEMPLATE, 32000, N)
 
 
 @pytest.mark.parametrize(

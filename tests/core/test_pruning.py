@@ -179,8 +179,7 @@ def test_score_functions(tiny_decoder, embeddings, kv_heads):
 
 
 def test_what_a_view_shows(tiny_decoder, embeddings):
-    """Queries or keys mixed up among rows, columns, items or heads; heads in another order than the weights'; rows of
-    attention that are not counted."""
+    """Queries or keys mixed up among rows, columns, items or heads; rows of attention that are not counted."""
     decoder, x, seen = tiny_decoder(num_key_value_heads=2), embeddings(2, 22), []
 
     def score(view):
@@ -214,8 +213,7 @@ def test_attention_of_no_rows(tiny_decoder, embeddings, rows):
 
 @pytest.mark.parametrize("seed, number", [(None, 12), (7, 7012), (2**63 - 1, 2**63 - 988)])
 def test_random(tiny_decoder, embeddings, seed, number):
-    """Other draws than those behind the recorded results, between runs or within a batch; a seed beyond torch's; at the
-    second stage the first's numbers, which keep what they ranked highest."""
+    """Other draws than the recorded results', than an item alone, beyond torch's seeds, or the same at both stages."""
     score = random if seed is None else partial(random, seed=seed)
     first, second = tiny_decoder()(embeddings(2, 22), SPAN, (Stage(2, 5, score), Stage(3, 4, score))).trace.stages
     for stage, N in ((first, 12), (second, 5)):
@@ -274,8 +272,7 @@ NOT_NUMBERS = "spoilt.* at layer 2 gave NaN.*: a fault of its own, .* them$"
     (lambda s: s * (1 + 1j), OF_ANOTHER_SHAPE), (one_is(torch.nan), NOT_NUMBERS), (one_is(torch.inf), NOT_NUMBERS),
 ])  # fmt: skip
 def test_scores_that_are_none(tiny_decoder, embeddings, change, message):
-    """Scores of fewer tokens ranked as if they were of all, or one item's choice used for its whole batch; an imaginary
-    part that is dropped; NaN in one item's scores, sorted to somewhere and never noticed."""
+    """Scores of some tokens ranked for all, one item's used for its batch, imaginary parts dropped, NaN sorted."""
 
     def spoilt(view):
         return change(text_to_image(view))

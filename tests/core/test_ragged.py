@@ -10,7 +10,7 @@ from test_flops import counted
 from test_pruning import slow_decoder
 from torch.testing import assert_close
 
-from himap_ref import HimapError, Llava, Stage, image_to_image, text_to_image
+from himap_ref import Llava, Stage, image_to_image, text_to_image
 from himap_ref.cache import PADDING
 from himap_ref.flops import pass_flops
 from himap_ref.generation import generate
@@ -209,15 +209,6 @@ def test_questions_of_any_lengths(shapes, scene_picture, stages, options):
         assert [s.kept.tolist() for s in got.trace.stages] == [s.kept.tolist() for s in want.trace.stages]
         assert_close(got.first_logits, want.first_logits, rtol=0, atol=1e-4)
     assert executed > sum(answer.flops.decoder for answer in batch) and executed % B == 0
-
-
-def test_one_picture_or_one_each(shapes, scene_picture):
-    """One picture for two questions: a bare error, or characters of its path taken for pictures."""
-    one = shapes.generate(scene_picture, QUESTIONS[:2], "himap", 4)
-    each = shapes.generate([scene_picture] * 2, QUESTIONS[:2], "himap", 4)
-    assert [a.token_ids for a in one] == [a.token_ids for a in each]
-    with pytest.raises(HimapError, match="as many pictures"):
-        shapes.generate([scene_picture], QUESTIONS[:2])
 
 
 def test_nan_of_an_ended_answer(shapes, scene_picture):

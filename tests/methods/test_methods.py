@@ -53,8 +53,7 @@ def test_bias_where_attention_is_flat(cached):
 
 
 def test_published_schedules():
-    """A constant that is not the paper's (K1=2, half; K2=8 or 15, a quarter of those); a baseline at other layers or
-    shares than published, for LLaVA-1.5-7B's 32 layers and the small model's 12."""
+    """A layer or share that is not the paper's (HiMAP's K1=2, half; K2=8 or 15, a quarter), at 32 layers or at 12."""
     first = Stage(2, 0.5, text_to_image)
     assert list(HIMAP) == [first, Stage(8, 0.25, image_to_image)]
     assert list(HIMAP_CAPTION) == [first, Stage(15, 0.25, image_to_image)]
@@ -93,8 +92,7 @@ def test_parse_method(tiny_llava):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "himap-caption"])  # K2 = 15 lies beyond 12 layers
 def test_stages_by_name(shapes, scene_picture, name):
-    """A name that decoder, generator, model or assistant do not know, or take for another method; the schedule that a
-    folder recommends not read from it, or the paper's under its name."""
+    """A name unknown to decoder, generator, model or assistant, or another method to it; a folder's own not read."""
     stages = parse_method(name, shapes).stages
     answer, named = (shapes.generate(scene_picture, "What color is the star?", s, 2) for s in (stages, name))
     assert named.token_ids == answer.token_ids
@@ -205,8 +203,7 @@ def test_reducers_need_patches(tiny_llava):
 
 @pytest.mark.parametrize("reducer, tokens", [(ClsAttention(9), 9), (AveragePool(4), 16)], ids=str)
 def test_answer_with_reducer(shapes, scene_picture, reducer, tokens):
-    """A prompt that keeps places for dropped tokens; the model's own FLOPs in the place of the reducer's, or the other
-    way round in what an answer is compared with."""
+    """Places kept for dropped tokens; the model's FLOPs in the place of the reducer's, or a vanilla that is reduced."""
     question, config = "How many things are there?", shapes.config
     flops, answer = counted(partial(shapes.generate, scene_picture, question, (), 2, reducer=reducer))
     plain = shapes.generate(scene_picture, question, (), 2)

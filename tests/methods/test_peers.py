@@ -84,10 +84,11 @@ def test_dart(embeddings):
 
 
 def test_full_size(tiny_llava, pixels):
-    """A picture that is not made smaller, yet gives other tokens."""
+    """A picture that is not made smaller, yet gives other tokens; patches chosen where none is."""
     model = tiny_llava()
     with torch.no_grad():
         assert_close(Downsample(4)(model, pixels), model.embed_image(pixels))
+    assert Downsample(2).chosen(model, pixels) is None
 
 
 def test_smaller_picture(tiny_llava):
@@ -116,7 +117,3 @@ def test_chosen(tiny_llava, pixels, text):
         got, all_tokens = reducer(model, pixels[:1])[0], model.embed_image(pixels[:1])[0]
     start = 1 if text.startswith("visionzip") else 0  # behind the class token
     assert_close(got[start : start + len(chosen.kept)], all_tokens[chosen.kept])
-
-
-def test_a_smaller_picture_chooses_nothing(tiny_llava, pixels):
-    assert Downsample(2).chosen(tiny_llava(), pixels) is None

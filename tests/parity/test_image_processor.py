@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = [
     (1, 1), (1, 40), (40, 1), (2, 3), (3, 200), (17, 5), (64, 64), (224, 224), (335, 335), (335, 337), (337, 335),
-    (336, 336), (336, 337), (337, 337), (336, 1000), (341, 511), (640, 480), (641, 480), (1023, 77), (4000, 3000),
+    (336, 336), (336, 337), (337, 337), (336, 1000), (341, 511), (640, 480), (641, 480), (1023, 77), (2000, 1500),
 ]  # fmt: skip
 
 
@@ -33,25 +33,21 @@ def clip():
     return transformers.CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
 
 
+PADDED_SIZES = [(1, 1), (1, 40), (40, 1), (5, 4), (335, 336), (640, 481), (480, 643), (1200, 900)]
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(clip, size):
     """A size rounded instead of cut off (641 x 480, 341 x 511), a crop shifted by one pixel, another filter."""
     image = noise(*size)
-    ours = ImageProcessor()(image)
-    assert ours.shape == (1, 3, 336, 336)
-    assert_equal(ours, pixels(clip, image))
-
-
-PADDED_SIZES = [(1, 1), (1, 40), (40, 1), (5, 4), (335, 336), (640, 481), (480, 643), (1200, 900)]
+    assert_equal(ImageProcessor()(image), pixels(clip, image))
 
 
 @pytest.mark.parametrize("size", PADDED_SIZES, ids=str)
-def test_pad_to_square(size):
+def test_pad_to_square(clip, size):
     """A picture that is padded unevenly by the other half pixel, or with another colour."""
     image = noise(*size)
-    theirs = transformers.LlavaImageProcessorPil(
-        do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
-    )
+    theirs = transformers.LlavaImageProcessorPil(do_pad=True, size=clip.size, crop_size=clip.crop_size)
     assert_equal(ImageProcessor(do_pad=True)(image), pixels(theirs, image))
 
 

@@ -115,8 +115,7 @@ def answers_of(model, batch) -> list[list[int]]:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @torch.inference_mode()
 def test_equals_transformers(case, tmp_path):
-    """Any part computed otherwise than LLaVA's, or read from the wrong tensor or key of config.json; several layers'
-    features in another order, with the class token of all but one, or of layers that are never run."""
+    """Any part computed otherwise than LLaVA's, or read from the wrong tensor or key; features of other layers."""
     model, processor, ours = build(case, tmp_path)
     image = noise(*case.size)
     batch = ask(processor, ours, image)

@@ -13,17 +13,10 @@ from .tiny import make_processor
 transformers = pytest.importorskip("transformers")
 
 QUESTIONS = [
-    "What is in the picture?",
-    "Was ist 🦊 und 猫 à côté? \u0130\u00df",
-    "  leading and trailing  ",
-    "line\nbreaks\n\nand\ttabs\r\n",
-    "braces {} {question} {0} {{image}} %s",
-    "< image > <img> <IMAGE> [INST]",
-    "\n?\n",
-    "x" * 300,
-]
-
-
+    "What is in the picture?", "Was ist 🦊 und 猫 à côté? \u0130\u00df", "  leading and trailing  ",
+    "line\nbreaks\n\nand\ttabs\r\n", "braces {} {question} {0} {{image}} %s", "< image > <img> <IMAGE> [INST]",
+    "\n?\n", "x" * 300,
+]  # fmt: skip
 PAIRS = [(style, strategy) for style in TOKENIZERS for strategy in ("default", "full")]
 
 

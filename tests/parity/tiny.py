@@ -64,7 +64,7 @@ def save(folder: Path, model, processor, layout: str = "as saved", **options) ->
     if layout != "as saved":
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
-        save_file(LAYOUTS[layout](model), folder / "model.safetensors")
+        save_file(renamed(model, layout), folder / "model.safetensors")
 
 
 def parts(model):
@@ -81,47 +81,31 @@ def parts(model):
                 yield part, leaf, tensor.clone()
 
 
-def _hub(model) -> dict:
-    """llava-hf's files on the hub, with the buffers that old versions of transformers stored."""
+LAYOUTS = {  # names of the decoder, the encoder, the projector and the head
+    # llava-hf's files on the hub
+    "hub": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector.", "language_model.lm_head."),
+    # transformers 4.52 and later
+    "nested": ("model.language_model.", "model.vision_tower.vision_model.", "model.multi_modal_projector.", "lm_head."),
+    # the original LLaVA's
+    "original": ("model.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", "lm_head."),
+}
+
+
+def renamed(model, layout: str) -> dict:
+    """The weights by a layout's names; in the older ones with the buffers that old versions of transformers stored."""
+    decoder, encoder, projector, head = LAYOUTS[layout]
     prefix = {
-        "language_model": "language_model.model.", "vision_tower": "vision_tower.vision_model.",
-        "multi_modal_projector": "multi_modal_projector.", "lm_head": "language_model.lm_head.",
+        "language_model": decoder, "vision_tower": encoder, "multi_modal_projector": projector, "lm_head": head,
     }  # fmt: skip
-    return {prefix[part] + leaf: tensor for part, leaf, tensor in parts(model)} | {
-        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
-        "vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
-    }
-
-
-def _nested(model) -> dict:
-    """transformers 4.52 and later."""
-    prefix = {
-        "language_model": "model.language_model.", "vision_tower": "model.vision_tower.vision_model.",
-        "multi_modal_projector": "model.multi_modal_projector.", "lm_head": "lm_head.",
-    }  # fmt: skip
-    return {prefix[part] + leaf: tensor for part, leaf, tensor in parts(model)}
-
-
-def _original(model) -> dict:
-    """The original LLaVA's."""
-    prefix = {
-        "language_model": "model.", "vision_tower": "model.vision_tower.vision_tower.vision_model.",
-        "multi_modal_projector": "model.mm_projector.", "lm_head": "lm_head.",
-    }  # fmt: skip
-    number = {"linear_1": "0", "linear_2": "2"}
     tensors = {}
     for part, leaf, tensor in parts(model):
-        if part == "multi_modal_projector":
-            layer, kind = leaf.split(".")
-            leaf = f"{number[layer]}.{kind}"
+        if layout == "original" and part == "multi_modal_projector":
+            leaf = leaf.replace("linear_1", "0").replace("linear_2", "2")
         tensors[prefix[part] + leaf] = tensor
-    return tensors | {
-        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(6),
-        "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
-    }
-
-
-LAYOUTS = {"hub": _hub, "nested": _nested, "original": _original}
+    if layout != "nested":
+        tensors[f"{decoder}layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+        tensors[f"{encoder}embeddings.position_ids"] = torch.arange(17)[None]
+    return tensors
 
 
 def edit_config(folder: Path, change) -> None:
