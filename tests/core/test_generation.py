@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import himap_ref.cache
 import himap_ref.generation
-from himap_ref import HimapError, Stage, image_to_image, text_to_image
+from himap_ref import Stage, image_to_image, text_to_image
 from himap_ref.generation import clock, generate
 from himap_ref.sampling import Sampling, choose, probabilities
 
@@ -201,14 +201,6 @@ def test_generating_keeps_no_graph(tiny_decoder, embeddings):
     """Memory that grows with every token, because autograd remembers them all."""
     out = generate(tiny_decoder().requires_grad_(True), embeddings(1, 22), SPAN, STAGES, 3)
     assert not out.first_logits.requires_grad
-
-
-def test_damaged_weights_are_reported(tiny_decoder, embeddings):
-    """NaN logits answered with token 0."""
-    decoder = tiny_decoder()
-    decoder.lm_head.weight[3, 5] = float("nan")
-    with pytest.raises(HimapError, match="NaN"):
-        generate(decoder, embeddings(1, 22))
 
 
 @pytest.mark.parametrize("reprune", [False, True])

@@ -122,9 +122,8 @@ def turned(position, channel, config):
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
 def test_angles(kind, dtype):
     """Channels that turn the wrong way for a longer context, or no mixture; rounded in bf16: other tokens are kept."""
-    config = TextConfig(
-        hidden_size=64, num_attention_heads=1, rope_type=kind, factor=8.0, original_max_position_embeddings=200,
-    )  # fmt: skip
+    changes = {"rope_type": kind, "factor": 8.0, "original_max_position_embeddings": 200}
+    config = TextConfig(hidden_size=64, num_attention_heads=1, **changes)
     places = (0, 1, 7, 300, 601, 1025, 2049, 4095)
     angles = torch.tensor([[turned(place, channel, config) for channel in range(32)] * 2 for place in places])
     near = {"rtol": 0, "atol": 2 * torch.finfo(dtype).eps + 3e-4}

@@ -199,8 +199,7 @@ def facts(model, **options):
 
 
 def every_fact(at):
-    return {str(dtype): [facts(at(dtype), **options) for options in ({}, SAMPLED)]
-            for dtype in DTYPES}  # fmt: skip
+    return {str(dtype): [facts(at(dtype), **options) for options in ({}, SAMPLED)] for dtype in DTYPES}
 
 
 def test_run_to_run(at):
@@ -210,9 +209,8 @@ def test_run_to_run(at):
         "models = {d: t.Llava.from_pretrained(t.WEIGHTS, d) for d in t.DTYPES}\n"
         "torch.manual_seed(5); torch.set_num_threads(1); print(json.dumps(t.every_fact(models.get)))"
     )
-    env = {**os.environ, "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=env) as other, threads(1):
+    env = os.environ | {"PYTHONHASHSEED": "7"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, cwd=ROOT, env=env) as other, threads(1):
         here = every_fact(at)
         assert json.load(other.stdout) == here
 

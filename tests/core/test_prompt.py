@@ -152,8 +152,7 @@ def test_odd_questions_disturb_nobody(tokenizer):
     ("A <image>\n{question} B{answer}\n</s>\nC {question} D", "\n</s>\nC {question} D"),
 ])  # fmt: skip
 def test_later_turn(tokenizer, question, template, text):
-    """A second BOS, the system prompt again, a role or the end of the answer left out, a typed token that ends the
-    turn; other ids than where the answer and the turn are tokenised together."""
+    """A second BOS or system prompt, a role or the answer's end left out, a typed token that ends; other ids."""
     turn = encode(tokenizer, question, template, has_image=False, turn="</s>")
     special = {tokenizer.token_to_id(token) for token in ("<s>", "</s>", "<image>")}
     assert [id for id in turn if id in special] == [tokenizer.token_to_id("</s>")] * ("</s>" in text)

@@ -15,9 +15,6 @@ NEAR = {"rtol": 1e-4, "atol": 5e-5}
 SPAN = (4, 16)
 
 
-# ---------------------------------------------------------------- a slow decoder that hides instead of dropping
-
-
 def brute_score(A, rows, columns):
     """Sum over the rows of what each attends to each column, one number at a time."""
     return {v: sum(A[i, v].item() for i in rows) for v in columns}

@@ -62,15 +62,11 @@ REFUSED = {  # what is wrong: (a call with a decoder of 5 layers and embeddings 
     "positions of too few tokens": (lambda d, x: d(x, positions=torch.tensor([[0, 1, 2]] * 2)), "position"),
     "a position beyond the context": (placed([0, 1, 2, 256], [0, 1, 2, 3]), "context 256"),
     # generation
-    "a prompt beyond the context": (
-        lambda d, x: generate(d, torch.zeros(1, 257, D)), "257 tokens, the model's context 256"
-    ),
-    "a cache longer than is said": (
-        lambda d, x: generate(d, x[:1, 8:], cache=d(x[:1, :8]).cache, start=7), "behind those in the cache"
-    ),
-    "a cache of which nothing is said": (
-        lambda d, x: generate(d, x[:1, 8:], cache=d(x[:1, :8]).cache), "behind those in the cache"
-    ),
+    "a prompt too long": (lambda d, x: generate(d, torch.zeros(1, 257, D)), "257 tokens, the model's context 256"),
+    **{f"a start at {start} behind 8 tokens": (
+        lambda d, x, start=start: generate(d, x[:1, 8:], cache=d(x[:1, :8]).cache, start=start),
+        "behind those in the cache",
+    ) for start in (0, 7)},
     "one prompt of no tokens": (lambda d, x: generate(d, [x[0], x[1, :0]]), "nothing to go on from"),
     **{f"{B} prompts of {n} tokens": (lambda d, x, B=B, n=n: d(x[:B, :n]), "at least one")
        for B, n in ((0, 5), (2, 0), (0, 0))},

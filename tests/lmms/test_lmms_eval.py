@@ -98,16 +98,13 @@ def test_repeats_differ(model, plugin):
     assert len(set(texts)) > 1
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, Sampling(1024, 0.0, 1.0, 0)),
-        ({"temperature": 0, "top_p": 0, "num_beams": 1, "image_aspect_ratio": "original"}, Sampling(1024, 0.0, 1.0, 0)),
-        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, Sampling(1024, 0.0, 1.0, 0)),
-        ({"do_sample": True, "top_p": None}, Sampling(1024, 1.0, 1.0, 0)),
-        ({"max_new_tokens": 16, "temperature": 0.2, "top_p": 0.9}, Sampling(16, 0.2, 0.9, 0)),
-    ],
-)
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, Sampling(1024, 0.0, 1.0, 0)),
+    ({"temperature": 0, "top_p": 0, "num_beams": 1, "image_aspect_ratio": "original"}, Sampling(1024, 0.0, 1.0, 0)),
+    ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, Sampling(1024, 0.0, 1.0, 0)),
+    ({"do_sample": True, "top_p": None}, Sampling(1024, 1.0, 1.0, 0)),
+    ({"max_new_tokens": 16, "temperature": 0.2, "top_p": 0.9}, Sampling(16, 0.2, 0.9, 0)),
+])  # fmt: skip
 def test_sampling(options, expected):
     """Greedy tasks that are sampled, sampled ones that are greedy, top_p 0 refused where it means nothing."""
     assert read_sampling(options) == expected
@@ -123,16 +120,12 @@ def test_stop_strings(until, expected):
     assert cut("a b\n\nc", until) == expected
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ((6, "What?", {}), "task task, document 6 has 2 pictures"),
-        ((7, "What?", {}), "task task, document 7 has a str"),
-        ((0, "<image>", {}), "task task, document 0: the prompt is empty"),
-        ((0, "What?", {"top_k": 50}), "task task, document 0: generation option top_k=50"),
-        ((0, "What?", {"num_beams": 5}), "task task, document 0: generation option num_beams=5"),
-    ],
-)
+@pytest.mark.parametrize(("asked", "message"), [
+    ((6, "What?", {}), "task task, document 6 has 2 pictures"), ((7, "What?", {}), "task task, document 7 has a str"),
+    ((0, "<image>", {}), "task task, document 0: the prompt is empty"),
+    ((0, "What?", {"top_k": 50}), "task task, document 0: generation option top_k=50"),
+    ((0, "What?", {"num_beams": 5}), "task task, document 0: generation option num_beams=5"),
+])  # fmt: skip
 def test_what_it_cannot_ask(plugin, asked, message):
     """All but the first picture dropped, or options ignored, in silence."""
     with pytest.raises(HimapError, match=message):

@@ -39,8 +39,7 @@ def test_image_mean_counts_the_rows_that_see_a_token(view):
 
 @pytest.mark.parametrize("cached", [0, 1])
 def test_bias_where_attention_is_flat(cached):
-    """The bias itself: under the sum, flat attention ranks v by its place; under the mean still, if less. Keys of a
-    cached prefix, which a row sees too, forgotten in the count."""
+    """The bias itself: of the sum by a token's place, of the mean still, if less; a cached prefix's keys uncounted."""
     zero, positions = torch.zeros(1, 9, 1, 8), torch.arange(9)[None]
     rows, cache = zero[:, cached:], LayerCache(zero, zero, positions)
     view = LayerView(rows, cache, rows[:, :, 0], positions[:, cached:], slice(1 - cached, 9 - cached))
@@ -158,8 +157,7 @@ def slow_cls_attention(model, pixels):
 
 @pytest.mark.parametrize("layers", [-2, (1, -2), (3, 0, 2)], ids=str)
 def test_cls_attention_keeps_the_highest_in_order(tiny_llava, pixels, layers):
-    """Another row, layer or head than meant; the class token counted as a patch; tokens out of order; one layer's
-    features where the model takes several."""
+    """Another row, layer or head; the class token as a patch; tokens out of order; one layer's features of several."""
     model = tiny_llava(vision_feature_layer=layers)
     attention, every = slow_cls_attention(model, pixels), model.embed_image(pixels)
     for keep in (1, 5, 16):

@@ -36,19 +36,12 @@ def clip():
 PADDED_SIZES = [(1, 1), (1, 40), (40, 1), (5, 4), (335, 336), (640, 481), (480, 643), (1200, 900)]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes(clip, size):
-    """A size rounded instead of cut off (641 x 480, 341 x 511), a crop shifted by one pixel, another filter."""
+@pytest.mark.parametrize("size, do_pad", [*((s, False) for s in SIZES), *((s, True) for s in PADDED_SIZES)], ids=str)
+def test_sizes(clip, size, do_pad):
+    """A size rounded, not cut off (641 x 480, 341 x 511); a crop or padding shifted by one pixel; filter or colour."""
+    padded = transformers.LlavaImageProcessorPil(do_pad=True, size=clip.size, crop_size=clip.crop_size)
     image = noise(*size)
-    assert_equal(ImageProcessor()(image), pixels(clip, image))
-
-
-@pytest.mark.parametrize("size", PADDED_SIZES, ids=str)
-def test_pad_to_square(clip, size):
-    """A picture that is padded unevenly by the other half pixel, or with another colour."""
-    image = noise(*size)
-    theirs = transformers.LlavaImageProcessorPil(do_pad=True, size=clip.size, crop_size=clip.crop_size)
-    assert_equal(ImageProcessor(do_pad=True)(image), pixels(theirs, image))
+    assert_equal(ImageProcessor(do_pad=do_pad)(image), pixels(padded if do_pad else clip, image))
 
 
 SETTINGS = {

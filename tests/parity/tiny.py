@@ -13,6 +13,7 @@ from toys import IMAGE_TOKEN, make_tokenizer
 transformers = pytest.importorskip("transformers")
 
 PATCH = 7
+PARTS = "language_model", "vision_tower", "multi_modal_projector", "lm_head"
 
 
 def make_processor(style: str = "byte-level", strategy: str = "default", image_size: int = 28):
@@ -75,13 +76,13 @@ def parts(model):
             if not model.config.text_config.tie_word_embeddings:
                 yield "lm_head", "weight", tensor.contiguous()
             continue
-        for part in ("language_model", "vision_tower", "multi_modal_projector"):
+        for part in PARTS[:3]:
             if f"{part}." in name:
                 leaf = name.split(f"{part}.")[-1].removeprefix("model.").removeprefix("vision_model.")
                 yield part, leaf, tensor.clone()
 
 
-LAYOUTS = {  # names of the decoder, the encoder, the projector and the head
+LAYOUTS = {  # what PARTS are called
     # llava-hf's files on the hub
     "hub": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector.", "language_model.lm_head."),
     # transformers 4.52 and later
@@ -93,18 +94,15 @@ LAYOUTS = {  # names of the decoder, the encoder, the projector and the head
 
 def renamed(model, layout: str) -> dict:
     """The weights by a layout's names; in the older ones with the buffers that old versions of transformers stored."""
-    decoder, encoder, projector, head = LAYOUTS[layout]
-    prefix = {
-        "language_model": decoder, "vision_tower": encoder, "multi_modal_projector": projector, "lm_head": head,
-    }  # fmt: skip
+    prefix = dict(zip(PARTS, LAYOUTS[layout], strict=True))
     tensors = {}
     for part, leaf, tensor in parts(model):
         if layout == "original" and part == "multi_modal_projector":
             leaf = leaf.replace("linear_1", "0").replace("linear_2", "2")
         tensors[prefix[part] + leaf] = tensor
     if layout != "nested":
-        tensors[f"{decoder}layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
-        tensors[f"{encoder}embeddings.position_ids"] = torch.arange(17)[None]
+        tensors[prefix["language_model"] + "layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+        tensors[prefix["vision_tower"] + "embeddings.position_ids"] = torch.arange(17)[None]
     return tensors
 
 
