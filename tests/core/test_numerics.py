@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "weights" / "shapes"
 DTYPES, HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
 EVERY_SCORE = ",".join(f"{layer}:0.9:{name}" for layer, name in enumerate(SCORES, start=2))
-EXAMPLES = [example for example in scene_examples(6) if example.kind == "color"][:3]
+EXAMPLES = [example for example in scene_examples(6) if example.kind == "color"][-3:]
 EXAMPLE = WEIGHTS / "example.png", "What color is the star?"
 NAN = float("nan")
 SAMPLED = {"temperature": 5.0, "seed": 4}  # so hot that nearly every token is drawn
