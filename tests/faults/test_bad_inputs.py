@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzz import ORIGINAL
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from toys import SMALL_CONFIG, join_safetensors, noise, split_safetensors, write_json
+from toys import join_safetensors, noise, split_safetensors, write_json
 
 from himap_ref import HimapError, Llava, LlavaConfig, TextConfig, VisionConfig
 from himap_ref.assistant.device import find_device
@@ -29,7 +30,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 LAYERS, VISION = "language_model.model.layers", "vision_tower.vision_model"
 QUERY, OUTPUT = (f"{LAYERS}.0.self_attn.{name}_proj.weight" for name in "qo")
-HEAD = "language_model.lm_head.weight"
+HEAD, PIPE = "language_model.lm_head.weight", "pipe.safetensors"
 STUDIES = {*every_study.studies()}
 WITH_WEIGHTS = STUDIES - {"literature", "scenes", "train", "bench"}
 
@@ -39,12 +40,6 @@ WITH_WEIGHTS = STUDIES - {"literature", "scenes", "train", "bench"}
 def encoded(format: str) -> bytes:
     noise(64, 64).save(file := io.BytesIO(), format)
     return file.getvalue()
-
-
-def without_width(format: str, place: slice) -> bytes:
-    data = bytearray(encoded(format))
-    data[place] = bytes(len(data[place]))
-    return bytes(data)
 
 
 def to(target):
@@ -120,20 +115,20 @@ def files(folder, names):
 def index(folder, weight_map):
     """Beside 1.safetensors and zzz.safetensors, which hold all tensors both, and a pipe."""
     files(folder, ["1.safetensors", "zzz.safetensors"])  # beside model.safetensors an index would not be read
-    os.mkfifo(folder / "pipe.safetensors")
+    os.mkfifo(folder / PIPE)
     write_json(folder / INDEX, {"weight_map": weight_map})
+
+
+def astray(folder, name):
+    """A tensor that one shard has, and the index looks for in another one."""
+    index(folder, {name: "zzz.safetensors", OUTPUT: "1.safetensors"})
+    set_entry(folder / "zzz.safetensors", [name], None)
 
 
 def adapter(folder, gone):
     put(folder / "adapter_config.json", "{}")
     for name in gone:
         (folder / name).unlink()
-
-
-ORIGINAL = {
-    "model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024,
-    "mm_projector_type": "mlp2x_gelu", **{k: v for k, v in SMALL_CONFIG["text_config"].items() if k != "model_type"},
-}  # fmt: skip
 
 
 def original(folder, entries):
@@ -201,7 +196,6 @@ WORDS = {  # that stand in braces in the lines below, and may hold {folder} them
     "methods": "is unknown: expected ..., cls:TOKENS, pool:SIDE or stages",
     "zero": "must be 0 (greedy) or more, and finite",
     "nowhere": "no such folder, hub id (owner/name) or short name (llava-1.5-7b, llava-1.5-13b)",
-    "show": "needs a picture to draw on, and a .png file in a folder that exists",
     "picture": "{folder}/x.png: cannot be read as a picture",
     "formats": "expected AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP",
     "config": "{folder}/config.json: cannot be read as JSON",
@@ -211,18 +205,14 @@ WORDS = {  # that stand in braces in the lines below, and may hold {folder} them
     "index": "{folder}/model.safetensors.index.json",
     "query": QUERY,
     "quantised": QUANTISED,
-    "nan": "score 'text_to_image' at layer 1 gave NaN or infinite values...",
+    "not_finite": "at layer 1 gave NaN or infinite values...",
     "no_image": "the tokenizer has no added token",
     "size": "expected int, 1 to 524288",
-    "states": "expected indices into 3 states",
     "pair": "expected tuple[int, int] | None, 1 to 8192",
-    "triple": "expected tuple[float, float, float]",
     "pixels": "the image processor does not make pictures of",
     "json": "{folder}/questions.json: expected a JSON list, or one JSON object a line",
     "questions": "{folder}/questions.json",
     "first": "no question could be asked; the first:",
-    "out": "leads out of the image folder: choose a folder that it is in",
-    "rope": "is not supported: expected default, linear, llama3, or a factor of 1",
     "float": "expected float, 1e-12 to 1e+12",
     "peft": "PEFT's, with a LoRA adapter: merge it into its model (merge_and_unload, then save_pretrained)",
     "whole_one": "use a folder that holds all, such as llava-hf's",
@@ -232,15 +222,13 @@ WORDS = {  # that stand in braces in the lines below, and may hold {folder} them
 ONES, SHAPES = torch.ones(8, 8), ((8, 7), (4, 8), (4, 16), (64,), (1, 8, 8), ())
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE = [  # settings, line; of an otherwise fit config.json
-    ([{"type": "dynamic", "factor": 2.0}], "RoPE of type 'dynamic' {rope}"),
-    ([{"rope_type": "longrope", "factor": 1.0}], "RoPE of type 'longrope' {rope}"),
+    ({"dynamic": {"type": "dynamic", "factor": 2.0}, "longrope": {"rope_type": "longrope", "factor": 1.0}},
+     "RoPE of type {name!r} is not supported: expected default, linear, llama3, or a factor of 1"),
     ([{"rope_type": "yarn"}, {"rope_type": "yarn", "factor": 4.0},
-      {"rope_type": "yarn", "factor": 1.0, "attention_factor": 0.5}], "RoPE of type 'yarn' {rope}"),
-    ([{"type": ["linear"]}], "RoPE of type ['linear'] {rope}"),
-    ([{"type": "linear", "factor": "4"}], "TextConfig.factor '4': {float}"),
-    ([{"type": "linear", "factor": 0}], "TextConfig.factor 0: {float}"),
-    ([{"type": "linear"}], "TextConfig.factor None: {float}"),
-    ([LLAMA3 | {"factor": True}], "TextConfig.factor True: {float}"),
+      {"rope_type": "yarn", "factor": 1.0, "attention_factor": 0.5}], "RoPE of type 'yarn' is not supported: ..."),
+    ([{"type": ["linear"]}], "RoPE of type ['linear'] is not supported: ..."),
+    ({"None": {"type": "linear"}, "0": {"type": "linear", "factor": 0}, "'4'": {"type": "linear", "factor": "4"},
+      "True": LLAMA3 | {"factor": True}}, "TextConfig.factor {name}: {float}"),
     ([LLAMA3 | {"low_freq_factor": None}], "TextConfig.low_freq_factor None: {float}"),
     ([LLAMA3 | {"high_freq_factor": 1.0}], "RoPE: low_freq_factor 1.0 is not below high_freq_factor"),
     ([LLAMA3 | {"original_max_position_embeddings": 0}], "TextConfig.original_max_position_embeddings 0: ..."),
@@ -263,16 +251,14 @@ REFUSALS = [
     ("--stages", ["x:1:random", "1:half:random", "1:nan:random", "1:1e999:random", "2", "2::text_to_image", "1:0.5"],
      "stage {!r}: {form}"),
     ("--stages", [f"{NINES}:1:random"], "stage '999...:1:random': {form}"),
-    ("--stages", ["99:0.5:text_to_image"], "stage layer 99 does not exist: the decoder's layers are 0..2"),
-    ("--stages", ["3:0.5:text_to_image"], "stage layer 3 does not exist: the decoder's layers are 0..2"),
+    ("--stages", {layer: f"{layer}:0.5:text_to_image" for layer in (3, 99)},
+     "stage layer {name} does not exist: the decoder's layers are 0..2"),
     ("--stages", ["0:0.5:text_to_image"], "stage layer 0: expected a whole number from 1 (layer K-1 ranks)"),
-    ("--stages", ["2:1:random,1:1:random"], "stage layers [2, 1] must ascend, each layer once"),
-    ("--stages", ["1:1:random,1:1:random"], "stage layers [1, 1] must ascend, each layer once"),
-    ("--stages", ["1:0:random"], "stage keep 0: {keep} (0 drops the whole picture: only with no score)"),
-    ("--stages", ["1:0.0:random"], "stage keep 0.0: {keep} (0 drops the whole picture: only with no score)"),
-    ("--stages", ["1:-2:random"], "stage keep -2: {keep}"),
-    ("--stages", ["1:1.5:random"], "stage keep 1.5: {keep}"),
-    ("--stages", ["1:1.e999:random"], "stage keep inf: {keep}"),
+    ("--stages", {first: f"{first}:1:random,1:1:random" for first in (2, 1)},
+     "stage layers [{name}, 1] must ascend, each layer once"),
+    ("--stages", {keep: f"1:{keep}:random" for keep in ("0", "0.0")},
+     "stage keep {name}: {keep} (0 drops the whole picture: only with no score)"),
+    ("--stages", {"-2": "1:-2:random", "1.5": "1:1.5:random", "inf": "1:1.e999:random"}, "stage keep {name}: {keep}"),
     ("--stages", ["2:500:text_to_image"], "stage at layer 2 is to keep 500 image tokens, only 4 enter it"),
     ("--stages", ["1:5:random"], "stage at layer 1 is to keep 5 image tokens, only 4 enter it"),
     ("--stages", ["1:2:random,2:3:random"], "stage at layer 2 is to keep 3 image tokens, only 2 enter it"),
@@ -288,20 +274,17 @@ REFUSALS = [
     ("--method", ["cls:x"], "method 'cls:x': expected cls:NUMBER, such as cls:9"),
     ("--method", [f"cls:{NINES}"], "method 'cls:999...': expected cls:NUMBER, such as cls:9"),
     ("--method", ["pool:3"], "pool:3: the picture has 2 x 2 image tokens: a side of 1 to 2"),
-    ("--temperature", ["-1"], "temperature -1.0: {zero}"),
+    ("--temperature", {"-1.0": "-1", "inf": "1e999", "nan": "nan"}, "temperature {name}: {zero}"),
     ("--temperature=-1e999", [[]], "temperature -inf: {zero}"),
-    ("--temperature", ["1e999"], "temperature inf: {zero}"),
-    ("--temperature", ["nan"], "temperature nan: {zero}"),
-    ("--top-p", ["0"], "top_p 0.0: must be in (0, 1]"),
-    ("--top-p", ["1e999"], "top_p inf: must be in (0, 1]"),
-    ("--top-p", ["nan"], "top_p nan: must be in (0, 1]"),
+    ("--top-p", {"0.0": "0", "inf": "1e999", "nan": "nan"}, "top_p {name}: must be in (0, 1]"),
     ("--max-new-tokens", ["0"], "max_new_tokens 0: must be a whole number of at least 1"),
     ("--seed", [2**64, "-1"], "seed {}: must be in [0, 2^63)"),
     ("--device", ["", "cuda:99", "meta", "hpu", "nonsense"],
      "device {!r}: not available for torch.bfloat16 (...); there is cpu..."),
     ("--weights", ["/no/such", "x" * 300], "weights {!r}: {nowhere}"),
     ("--revision", ["v1"], "revision 'v1': '{whole}' is a folder, which has no other: leave it out"),
-    ("--show", ["no/such/x.png", "x.zzz"], "--show {}: {show}"),
+    ("--show", ["no/such/x.png", "x.zzz"],
+     "--show {}: needs a picture to draw on, and a .png file in a folder that exists"),
     (own, ["nowhere:f"], "score {!r} cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
     (own, [":f"], "score {!r} cannot be imported (ValueError: Empty module name)"),
     (own, [".own:f"], "score {!r} cannot be imported (TypeError: ...)"),
@@ -313,12 +296,11 @@ REFUSALS = [
     (own, ["own:shape"], "score 'shape' at layer 1 returned torch.float32 [1, 3], not (B, N) = [1, 4]"),
     (own, ["own:complex"], "score 'complex' at layer 1 returned torch.complex64 [1, 4], not (B, N) = [1, 4]"),
     (own, ["own:number"], "score 'number' at layer 1 returned int, not (B, N) = [1, 4]"),
-    (own, ["own:nan"], "score 'nan' at layer 1 gave NaN or infinite values..."),
-    (own, ["own:infinite"], "score 'infinite' at layer 1 gave NaN or infinite values..."),
+    (own, {name: f"own:{name}" for name in ("nan", "infinite")}, "score {name!r} {not_finite}"),
     (own, ["os:getcwd"], "score {!r} failed at ... (TypeError: ...)"),
     # ------------------------------------------------ pictures
     ("x.png", {
-        "text": b"not a picture", "empty": b"", "width 0": without_width("BMP", slice(18, 22)),
+        "text": b"not a picture", "empty": b"", "width 0": encoded("BMP")[:18] + bytes(4) + encoded("BMP")[22:],
         "size 0": b"P6 0 0 255\n", "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
         "PostScript, which is a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
      }, "{picture} ({formats})"),
@@ -378,19 +360,16 @@ REFUSALS = [
     (files, [["a.safetensors", "b.safetensors"], ["model-00001-of-00001.safetensors", SHARDS[0]],
              ["adapter_model.safetensors", *SHARDS]],
      "{folder}: {0[0]} or {0[1]}? Rename what is the model to model.safetensors"),
-    (files, [[SHARDS[1]]], f"{{folder}}: shard {SHARDS[0]} is missing: download it again"),
-    (files, [[SHARDS[0]]], f"{{folder}}: shard {SHARDS[1]} is missing: download it again"),
-    (index, [{"a": "../x.safetensors"}], "{index}: shard '../x.safetensors' lies outside the folder"),
-    (index, [{"a": "/x.safetensors"}], "{index}: shard '/x.safetensors' lies outside the folder"),
-    (index, [{"a": "sub/x.safetensors"}], "{index}: shard 'sub/x.safetensors' lies outside the folder"),
-    (index, [{"a": ".."}], "{folder}: shard .. is missing: download it again"),
+    (files, {SHARDS[0]: [SHARDS[1]], SHARDS[1]: [SHARDS[0]]}, "{folder}: shard {name} is missing: download it again"),
+    (index, {path: {"a": path} for path in ("../x.safetensors", "/x.safetensors", "sub/x.safetensors")},
+     "{index}: shard {name!r} lies outside the folder"),
+    (index, {path: {QUERY: "1.safetensors", "b": path} for path in ("..", "x" * 300, "2.safetensors", PIPE)},
+     "{folder}: shard {name} is missing: download it again"),
     (index, [{"a": "a\0b"}], "{folder}: shard a\\x00b is missing: download it again"),
-    (index, [{"a": "x" * 300}], "{folder}: shard x... is missing: download it again"),
-    (index, [{"a": "1.safetensors", "b": "2.safetensors"}], "{folder}: shard 2.safetensors is missing: ..."),
-    (index, [{QUERY: "1.safetensors", "b": "pipe.safetensors"}], "{folder}: shard pipe.safetensors is missing: ..."),
     (index, [None, [], {"a": None}, {"a": 1}, {}], "{index}: not a shard index (no weight_map)"),
     (index, [{"a": "1.safetensors"}],
      "{folder}/1.safetensors: tensor 'a' is not in it, though the index says so: download both again"),
+    (astray, [QUERY], "{folder}/zzz.safetensors: tensor {!r} is not in it, though the index says so: ..."),
     (index, [{QUERY: "1.safetensors", OUTPUT: "zzz.safetensors"}],  # and all others of both, which it does not name
      "{folder}/zzz.safetensors: tensor ... appears twice"),
     (WEIGHTS, {"a pickle": b"cos\nsystem\n(S'exit 1'\ntR.", "empty": b"",
@@ -413,7 +392,8 @@ REFUSALS = [
         "U8": torch.zeros(32, 1).byte(), "I8": ONES.char(), "I32": ONES.int(), "I64": ONES.long(), "BOOL": ONES.bool(),
         "F8_E4M3": ONES.to(torch.float8_e4m3fn),
      }, "{file}: tensor '{query}' holds {name}, not floats of 16 bits or more: {quantised}"),
-    (f"{WEIGHTS} {QUERY}", {"NaN": ONES * torch.nan, "infinite": ONES * torch.inf}, "{nan}"),
+    (f"{WEIGHTS} {QUERY}", {"NaN": ONES * torch.nan, "infinite": ONES * torch.inf},
+     "score 'text_to_image' {not_finite}"),
     (f"{WEIGHTS} {HEAD}", {  # where no score sees it
         "NaN": torch.full((502, 8), torch.nan), "too large for the dtype": torch.full((502, 8), 3.4e38),
      }, "the model's logits are NaN or infinite: damaged weights, or a dtype too narrow for them"),
@@ -479,10 +459,8 @@ REFUSALS = [
     ("vision_config", [{}], "{folder}: {pixels} 224 pixels a side"),
     ("image_token_index", [None, "3", -3], "LlavaConfig.image_token_index {!r}: expected int, 0 to ..."),
     ("image_token_index", [36, 400, 10**6], "{no_image} {} (image_token_index): ..."),  # 36 is "A"
-    ("vision_feature_layer", [3, -4], "vision_feature_layer {}: {states}"),
-    ("vision_feature_layer", [[-2, -5]], "vision_feature_layer (-2, -5): {states}"),
-    ("vision_feature_layer", [[-5]], "vision_feature_layer -5: {states}"),
-    ("vision_feature_layer", [[-2, 4]], "vision_feature_layer (-2, 4): {states}"),
+    ("vision_feature_layer", {"3": 3, "-4": -4, "-5": [-5], "(-2, -5)": [-2, -5], "(-2, 4)": [-2, 4]},
+     "vision_feature_layer {name}: expected indices into 3 states"),
     ("vision_feature_layer", [[], [True], [-2.0], ["-2"], [[-2]], "-2", [None, -2]],
      "LlavaConfig.vision_feature_layer ...: expected int | tuple[int, ...], -1001 to 1000"),
     ("vision_feature_select_strategy", ["cls"],
@@ -523,9 +501,10 @@ REFUSALS = [
      "ImageProcessor.shortest_edge {}: expected int | None, 1 to 8192"),
     ("preprocessor_config.json resample", [17, "bicubic"], "ImageProcessor.resample {!r}: expected int, 0 to 5"),
     ("preprocessor_config.json rescale_factor", [float("nan")], "ImageProcessor.rescale_factor nan: {float}"),
-    ("preprocessor_config.json image_mean", [[0.5]], "ImageProcessor.image_mean (0.5,): {triple}, -1000 to 1000"),
-    ("preprocessor_config.json image_mean", [0.5], "ImageProcessor.image_mean 0.5: {triple}, -1000 to 1000"),
-    ("preprocessor_config.json image_std", [[0, 1, 1]], "ImageProcessor.image_std (0, 1, 1): {triple}, 1e-06 to 1e+06"),
+    ("preprocessor_config.json image_mean", {"(0.5,)": [0.5], "0.5": 0.5},
+     "ImageProcessor.image_mean {name}: expected tuple[float, float, float], -1000 to 1000"),
+    ("preprocessor_config.json image_std", [[0, 1, 1]],
+     "ImageProcessor.image_std (0, 1, 1): expected tuple[float, float, float], 1e-06 to 1e+06"),
     ("preprocessor_config.json do_resize", ["no"], "image processor: do_resize is neither true nor false"),
     ("preprocessor_config.json do_center_crop", [False], "{folder}: {pixels} 28 pixels a side"),
     # ------------------------------------------------ question files
