@@ -25,11 +25,6 @@ SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
-@pytest.fixture
-def other() -> Llava:
-    return random_llava(read_config(TINY_CONFIG), seed=1)
-
-
 # ---------------------------------------------------------------- A. silently other weights
 
 
@@ -65,67 +60,58 @@ def index(folder: Path, weight_map: dict) -> None:
     write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
 
 
-def stale_index(folder, old, new):
-    index(folder, split(folder, old))
-    save_file(new, folder / SAFE)
+STATES = (
+    "a stale index and its shards", "a stale index alone", "strays beside one file", "strays beside shards",
+    "an overlay", "an index that lists what old versions stored", "an index that does not list all",
+    "shards without an index", "shards of another name", "one file of another name",
+    "pickles that are none of the model",
+)  # fmt: skip
 
 
-def stale_index_without_shards(folder, old, new):
-    index(folder, {QUERY: "model-00001-of-00009.safetensors"})
-    save_file(new, folder / SAFE)
+def arrange(state: str, folder: Path, old: dict, new: dict) -> None:
+    if state.startswith("strays"):
+        for name in ("adapter_model", "consolidated", "model.fp16", "zzz", "model-00001-of-00002", "aaa"):
+            save_file(old, folder / f"{name}.safetensors")
+        (folder / "pytorch_model.bin").write_bytes(b"x")
+    match state:
+        case "a stale index and its shards":
+            index(folder, split(folder, old))
+            save_file(new, folder / SAFE)
+        case "a stale index alone":
+            index(folder, {QUERY: "model-00001-of-00009.safetensors"})
+            save_file(new, folder / SAFE)
+        case "strays beside one file":
+            save_file(new, folder / SAFE)
+        case "strays beside shards":
+            index(folder, split(folder, new))
+        case "an overlay":  # shards of a few tensors, first and last in order, beside a set with their old values
+            first, last, rest = list(new)[:3], list(new)[3:5], list(new)[5:]
+            weight_map = split(folder, old | {name: new[name] for name in rest}, 2)
+            index(folder, weight_map | dict.fromkeys(first, "a.safetensors") | dict.fromkeys(last, "z.safetensors"))
+            save_file({name: new[name] for name in first}, folder / "a.safetensors")
+            save_file({name: new[name] for name in last}, folder / "z.safetensors")
+        case "an index that lists what old versions stored":
+            buffer = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": SHARDS[0]}
+            index(folder, split(folder, new, 2) | buffer)
+        case "an index that does not list all":
+            index(folder, dict(list(split(folder, new).items())[:-4]))
+        case "shards without an index":
+            split(folder, new)
+        case "shards of another name":
+            split(folder, new, 2, "llava.v1-{:05}-of-{:05}.safetensors")
+        case "one file of another name":
+            split(folder, new, 1, "weights.fp32.safetensors")
+        case "pickles that are none of the model":
+            split(folder, new)
+            for name in ("optimizer.pt", "training_args.bin", "rng_state.pth"):
+                (folder / name).write_bytes(b"x")
 
 
-def strays_beside_one(folder, old, new):
-    for name in ("adapter_model", "consolidated", "model.fp16", "zzz", "model-00001-of-00002", "aaa"):
-        save_file(old, folder / f"{name}.safetensors")
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-    save_file(new, folder / SAFE)
-
-
-def strays_beside_shards(folder, old, new):
-    strays_beside_one(folder, old, new)
-    index(folder, split(folder, new))
-
-
-def overlay(folder, old, new):
-    """Shards of a few tensors, first and last in order, beside a set that still holds their old values."""
-    first, last, rest = list(new)[:3], list(new)[3:5], list(new)[5:]
-    weight_map = split(folder, old | {name: new[name] for name in rest}, 2)
-    index(folder, weight_map | dict.fromkeys(first, "a.safetensors") | dict.fromkeys(last, "z.safetensors"))
-    save_file({name: new[name] for name in first}, folder / "a.safetensors")
-    save_file({name: new[name] for name in last}, folder / "z.safetensors")
-
-
-def buffers_listed(folder, old, new):
-    index(folder, split(folder, new, 2) | {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": SHARDS[0]})
-
-
-def listed_in_part(folder, old, new):
-    index(folder, dict(list(split(folder, new).items())[:-4]))
-
-
-def other_pickles(folder, old, new):
-    split(folder, new)
-    for name in ("optimizer.pt", "training_args.bin", "rng_state.pth"):
-        (folder / name).write_bytes(b"x")
-
-
-FILES = {
-    "a stale index and its shards": stale_index, "a stale index alone": stale_index_without_shards,
-    "strays beside one file": strays_beside_one, "strays beside shards": strays_beside_shards,
-    "an index that lists what old versions stored": buffers_listed, "an overlay": overlay,
-    "an index that does not list all": listed_in_part,
-    "shards without an index": lambda folder, old, new: split(folder, new),
-    "shards of another name": lambda folder, old, new: split(folder, new, 2, "llava.v1-{:05}-of-{:05}.safetensors"),
-    "one file of another name": lambda folder, old, new: split(folder, new, 1, "weights.fp32.safetensors"),
-    "pickles that are none of the model": other_pickles,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("state", FILES)
-def test_which_files_are_the_model(folder, model, other, state):
+@pytest.mark.parametrize("state", STATES)
+def test_which_files_are_the_model(folder, model, state):
     """The weights of an earlier save, of a file that lies about, or some of each."""
-    FILES[state](folder, tensors_of(model), tensors_of(other))
+    other = random_llava(read_config(TINY_CONFIG), seed=1)
+    arrange(state, folder, tensors_of(model), tensors_of(other))
     assert same(Llava.from_pretrained(folder), other)
 
 

@@ -160,12 +160,9 @@ def loading(change):
     return lambda self, tensors, **options: load(self, change(tensors, *map(fuzz.rename, QUERIES)), **options)
 
 
-def all_but_eps(cls, data):
-    return build(cls, {name: value for name, value in data.items() if "eps" not in name})
-
-
-def white(cls, data):
-    return build(cls, data | {"image_std": (1.0, 1.0, 1.0)})
+def built(**changes):
+    """A `build` that takes some entries for others, and does not hear of those that are None here."""
+    return lambda cls, data: build(cls, {k: v for k, v in (data | changes).items() if v is not None})
 
 
 ELSEWHERE = json.dumps([QUESTIONS[1] | {"image": "/etc/hostname"}]).encode()
@@ -185,9 +182,10 @@ GUARDS = {  # what is lost: (its place, what stands there instead, file, content
     "two tensors exchanged": (LOAD, loading(lambda t, a, b: t | {a: t[b], b: t[a]}), WEIGHTS, None, MIXED),
     "a tensor twice": (LOAD, loading(lambda t, a, b: t | {a: t[b]}), WEIGHTS, None, MIXED),
     "a last bit": (LOAD, loading(lambda t, a, b: t | {a: t[a] * (1 + 2**-23)}), WEIGHTS, None, MIXED),
-    "a field": (BUILD, all_but_eps, "model/config.json", None, "Wrong: rms_norm_eps is 1e-06, the file says 1e-05"),
-    "a step of the pixels": (BUILD, white, "model/preprocessor_config.json", None, WHITE),
-    "the same in the newer file": (BUILD, white, "newer/processor_config.json", None, WHITE),
+    "a field": (BUILD, built(rms_norm_eps=None), "model/config.json", None,
+                "Wrong: rms_norm_eps is 1e-06, the file says 1e-05"),
+    "a step of the pixels": (BUILD, built(image_std=(1.0,) * 3), "model/preprocessor_config.json", None, WHITE),
+    "the same in the newer file": (BUILD, built(image_std=(1.0,) * 3), "newer/processor_config.json", None, WHITE),
     "a question": (PARSE, lambda *args: parse_questions(*args)[:2], "questions.jsonl", None, "Wrong: 2 of 6 "),
     "the order of questions": (PARSE, lambda *args: parse_questions(*args)[::-1], "questions.jsonl", None,
                                "Wrong: entry '3' is not what the file holds"),
