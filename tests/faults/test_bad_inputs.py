@@ -21,7 +21,7 @@ from toys import join_safetensors, noise, split_safetensors, write_json
 from himap_ref import HimapError, Llava, LlavaConfig, TextConfig, VisionConfig
 from himap_ref.assistant.device import find_device
 from himap_ref.assistant.picture import load_image
-from himap_ref.checkpoint.config import LIMITS, QUANTISED
+from himap_ref.checkpoint.config import LIMITS
 from himap_ref.checkpoint.load import rename
 from himap_ref.image import ImageProcessor
 from himap_ref.studies import __main__ as every_study
@@ -31,6 +31,7 @@ SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 LAYERS, VISION = "language_model.model.layers", "vision_tower.vision_model"
 QUERY, OUTPUT = (f"{LAYERS}.0.self_attn.{name}_proj.weight" for name in "qo")
 HEAD, PIPE = "language_model.lm_head.weight", "pipe.safetensors"
+pytestmark = pytest.mark.usefixtures("no_hang")
 STUDIES = {*every_study.studies()}
 WITH_WEIGHTS = STUDIES - {"literature", "scenes", "train", "bench"}
 
@@ -204,7 +205,7 @@ WORDS = {  # that stand in braces in the lines below, and may hold {folder} them
     "unreadable": "{folder}/model.safetensors: not a readable safetensors file",
     "index": "{folder}/model.safetensors.index.json",
     "query": QUERY,
-    "quantised": QUANTISED,
+    "quantised": "quantised weights are not read: use the repository without quantisation, or save them dequantised",
     "not_finite": "at layer 1 gave NaN or infinite values...",
     "no_image": "the tokenizer has no added token",
     "size": "expected int, 1 to 524288",
