@@ -27,11 +27,11 @@ from himap_ref.studies.paper import disruption, flow
 KILLS = int(os.environ.get("HIMAP_KILLS", 4))
 EACH = min(KILLS, 10)  # kills a test
 STUDIES = {  # all that resume, each with a few questions, and how many of them where it is killed
-    evaluate: ("--max-new-tokens 4 --limit 4", 40),
+    evaluate: ("--max-new-tokens 4 --limit 4", 20),
     sweep: ("--max-new-tokens 4 --limit 3 --methods fastv", 20),
     bias: ("--max-new-tokens 4 --limit 3 --schedule 1:0.5,2:0.5", 8),
     flow: ("--limit 3", 20),
-    disruption: ("--max-new-tokens 4 --limit 4 --kinds img2txt --layers 2 --batch 1", 40),
+    disruption: ("--max-new-tokens 4 --limit 4 --kinds img2txt --layers 2 --batch 1", 8),
     precision: ("--max-new-tokens 4 --limit 3 --methods himap --dtype bfloat16", 8),
 }
 OTHERWISE = {  # what the same answer may have another time: the rest of a torn batch is another batch
