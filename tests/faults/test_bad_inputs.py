@@ -574,7 +574,7 @@ def says(message, line):
 def rows():
     for what, values, line in REFUSALS:
         for name, value in values.items() if isinstance(values, dict) else ((str(value), value) for value in values):
-            yield pytest.param(what, name, value, line, id=f"{getattr(what, '__name__', what)} {name!r:.40}")
+            yield pytest.param(what, name, value, line, id=f"{getattr(what, '__name__', what)} {name!r:.60}")
 
 
 def arrange(what, value, folder, whole):
