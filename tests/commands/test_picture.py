@@ -56,11 +56,11 @@ def test_heat(class_token):
 
 def test_follow_stages(asked):
     """A layer that shows what leaves at the next one; a heat map of nothing; fewer tokens shown on the patch grid."""
-    answer, _, tokens = asked("himap")
+    answer, _, tokens = asked("himap-paper")
     stages = answer.trace.stages
-    assert tokens.left(3) == tokens.all == list(range(144)) and tokens.side == 12
-    assert tokens.left(4) == tokens.left(7) == stages[0].kept.tolist() and tokens.left(8) == stages[1].kept.tolist()
-    assert tokens.choices[1].scores == dict(zip(tokens.left(4), stages[1].scores.tolist(), strict=True))
+    assert tokens.left(1) == tokens.all == list(range(144)) and tokens.side == 12
+    assert tokens.left(2) == tokens.left(7) == stages[0].kept.tolist() and tokens.left(8) == stages[1].kept.tolist()
+    assert tokens.choices[1].scores == dict(zip(tokens.left(2), stages[1].scores.tolist(), strict=True))
     assert asked("none")[2].choices == []
     (all_go,) = asked("vtw")[2].choices
     assert (all_go.kept, all_go.is_ranked) == ([], False)

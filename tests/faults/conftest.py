@@ -1,5 +1,6 @@
 """A whole model to ask, or to damage."""
 
+import os
 import re
 import shutil
 import signal
@@ -51,7 +52,7 @@ def no_hang():
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(120)
+    signal.alarm(120 + 20 * int(os.environ.get("HIMAP_KILLS", 0)))
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

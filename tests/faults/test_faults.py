@@ -24,6 +24,7 @@ from himap_ref.studies.accuracy import bias, evaluate, precision, sweep
 from himap_ref.studies.common.records import Records
 from himap_ref.studies.paper import disruption, flow
 
+pytestmark = pytest.mark.usefixtures("no_hang")
 KILLS = int(os.environ.get("HIMAP_KILLS", 4))
 EACH = min(KILLS, 10)  # kills a test
 STUDIES = {  # all that resume, each with a few questions, and how many of them where it is killed
