@@ -223,7 +223,8 @@ def draw(lines: list[dict], path: Path) -> None:
     with figure(path, len(panels), (max(10, 7 * across), 5 * -(-len(panels) // across)), across) as axes:
         for axis, (show, title, shown, what) in zip(axes, panels, strict=True):
             show(axis, shown, levels, what)
-            axis.set_title(f"{title} (n = {lines[0]['n']}, 95 %)" if what != "recall" else title, loc="left", fontsize=10)
+            n = "" if what == "recall" else f" (n = {lines[0]['n']}, 95 %)"
+            axis.set_title(f"{title}{n}", loc="left", fontsize=10)
 
 
 def draw_curves(axis: Any, curves: dict[str, list[dict]], levels: dict[str, float], what: str) -> None:
