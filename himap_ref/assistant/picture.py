@@ -33,7 +33,9 @@ def load_image(source: Picture) -> Image.Image:
     if re.match(r"(https?|s3|gs|ftp|file|hf):/|data:", str(name), re.IGNORECASE):
         raise HimapError(f"{str(name)[:200]}: an address, not a file: download it first")
     try:
-        return to_rgb(_upright(_loaded(source) if isinstance(source, Image.Image) else _open(source)))
+        image = to_rgb(_upright(_loaded(source) if isinstance(source, Image.Image) else _open(source)))
+        image.info = {}  # what says that it lies on its side: whoever loads it once more would turn it once more
+        return image
     except Exception as error:  # Pillow's readers let anything through: struct.error, IndexError, EOFError, ...
         why = f"expected {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
         raise HimapError(f"{name}: cannot be read as a picture ({why or type(error).__name__})") from None

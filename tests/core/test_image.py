@@ -50,6 +50,8 @@ def test_exif_orientation(tmp_path, orientation, expected, opened):
     assert image.mode == "RGB"
     assert image.size == ((32, 64) if orientation > 4 else (64, 32))
     assert corners(image) == expected
+    again = load_image(image)  # as a command does, which draws on what it asks about
+    assert again.size == image.size and corners(again) == expected
 
 
 @pytest.mark.parametrize("mode, colour, expected", [
