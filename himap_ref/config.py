@@ -81,6 +81,7 @@ class LlavaConfig:
     projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"  # "linear": LLaVA v1
     projector_hidden_act: Literal["gelu", "quick_gelu"] = "gelu"
     multimodal_projector_bias: bool = True
+    image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None  # LLaVA-NeXT: sizes to cut into tiles (anyres.py)
 
     def __post_init__(self):
         _ = self.feature_layers  # raises what does not fit
@@ -101,7 +102,7 @@ class LlavaConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens that enter the decoder per picture (576 for LLaVA-1.5)."""
+        """Image tokens that enter the decoder per picture (576 for LLaVA-1.5); LLaVA-NeXT: per look at it."""
         return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .anyres import Size, pack
 from .config import LlavaConfig
 from .decoder import DecoderOutput, LlamaDecoder
 from .errors import HimapError
@@ -31,10 +32,13 @@ class LlavaModel(nn.Module):
         self.vision_tower = VisionTower(config)
         self.multi_modal_projector = Projector(config)
         self.language_model = LlamaDecoder(config.text_config)
+        if config.image_grid_pinpoints:  # LLaVA-NeXT
+            self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
-    def embed_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, N, d) image tokens."""
-        return self.multi_modal_projector(self.vision_tower(pixel_values))
+    def embed_image(self, pixel_values: Tensor, image_sizes: Sequence[Size] = ()) -> Tensor:
+        """(B, 3, S, S) -> (B, N, d) image tokens. LLaVA-NeXT: (looks, 3, S, S) and B sizes -> (1, all pictures', d)."""
+        x = self.multi_modal_projector(self.vision_tower(pixel_values))
+        return pack(x, image_sizes, self.config, self.image_newline)[None] if self.config.image_grid_pinpoints else x
 
     def image_span(self, prompts: Sequence[Sequence[int]]) -> tuple[int, int] | None:
         """Where all prompts of a batch have their image tokens; raises HimapError if they do not agree."""
@@ -54,10 +58,13 @@ class LlavaModel(nn.Module):
         return x if image_embeds is None else torch.cat((x[:start], image_embeds, x[start:]))
 
     def forward(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, stages: Stages = (), all_rows: bool = False
-    ) -> DecoderOutput:
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, stages: Stages = (), all_rows: bool = False,
+        image_sizes: Sequence[Size] = (),
+    ) -> DecoderOutput:  # fmt: skip
         """(B, n) ids, image tokens expanded, no padding, and (B, 3, S, S) -> the prefill: see `LlamaDecoder`."""
-        images = [None] * len(input_ids) if pixel_values is None else self.embed_image(pixel_values)
         prompts, stages = input_ids.tolist(), self.himap if stages == "himap" else stages
+        ends = (input_ids == self.config.image_token_index).sum(dim=1).cumsum(dim=0)[:-1].cpu()
+        every = None if pixel_values is None else self.embed_image(pixel_values, image_sizes).flatten(0, 1)
+        images = [None] * len(prompts) if every is None else every.tensor_split(ends)
         x = torch.stack([self.embed(ids, image) for ids, image in zip(prompts, images, strict=True)])
         return self.language_model(x, self.image_span(prompts), stages, all_rows)

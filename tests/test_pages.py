@@ -5,6 +5,7 @@ import re
 import pytest
 from pages import COUNT, PAGES, ROOT, lines_of, rewritten
 
+BESIDE = ("image.py", "prompt.py", "anyres.py")
 README = PAGES[0].read_text(encoding="utf-8")
 
 
@@ -27,12 +28,12 @@ def test_lies_are_noticed(monkeypatch, lie):
 
 def test_reading_path():
     """A reading path that is longer than it is said to be, or too long to be read; a room that the map leaves out."""
-    path = [f for f in (ROOT / "himap_ref").glob("[!_]*.py") if f.name not in ("image.py", "prompt.py")]
+    path = [f for f in (ROOT / "himap_ref").glob("[!_]*.py") if f.name not in BESIDE]
     lines = {f.name: lines_of(f) for f in path}
     assert sum(lines.values()) <= 950 and max(lines.values()) <= 220
     assert f"eleven files, {sum(lines.values())} lines" in README and len(lines) == 11
-    assert sum(lines_of(ROOT / "himap_ref" / name) for name in ("image.py", "prompt.py")) <= 170
-    assert lines_of(ROOT / "himap_ref/checkpoint") <= 490 and len(README.splitlines()) <= 200
+    assert sum(lines_of(ROOT / "himap_ref" / name) for name in BESIDE) <= 290
+    assert lines_of(ROOT / "himap_ref/checkpoint") <= 530 and len(README.splitlines()) <= 200
     loop = (ROOT / "himap_ref/decoder.py").read_text().split("for i, layer in enumerate(self.layers):")[1]
     assert len(loop.split("hidden, padded")[0].splitlines()) <= 45
     files = (ROOT / "himap_ref").rglob("[!_]*.py")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from himap_ref import Llava, LlavaConfig
+from himap_ref.anyres import AnyresProcessor
 from himap_ref.checkpoint.config import read_config
 from himap_ref.checkpoint.files import read_tokenizer
 from himap_ref.commands.options import EMBEDDED
@@ -163,15 +164,21 @@ SMALL_CONFIG: dict[str, Any] = {  # with the embedded model's tokenizer: 502 tok
 
 
 def write_small_model(
-    folder: Path, dtypes: tuple[torch.dtype, ...] = (torch.float32,), shard: int = 2**30, side: int = 28
-) -> None:
-    """A whole folder that answers, by the project's own writer. Tensors take turns with `dtypes`; side: in pixels."""
+    folder: Path, dtypes: tuple[torch.dtype, ...] = (torch.float32,), shard: int = 2**30, side: int = 28,
+    pinpoints: tuple = (),
+) -> None:  # fmt: skip
+    """A whole folder that answers, by the project's own writer. Tensors take turns with `dtypes`; side: in pixels;
+    pinpoints: of a LLaVA-NeXT."""
     config = SMALL_CONFIG | {"vision_config": SMALL_CONFIG["vision_config"] | {"image_size": side}}
+    if pinpoints:
+        config |= {"model_type": "llava_next", "image_grid_pinpoints": [*map(list, pinpoints)]}
     if side > 28:  # more image tokens need more room
         config["text_config"] = SMALL_CONFIG["text_config"] | {"max_position_embeddings": 400}
     model, generator, turn = Llava(read_config(config)), torch.Generator().manual_seed(0), cycle(dtypes)
     model.tokenizer = read_tokenizer(EMBEDDED)
     model.image_processor = ImageProcessor(side, crop_size=(side, side), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    if pinpoints:
+        model.image_processor = AnyresProcessor(**vars(model.image_processor), image_grid_pinpoints=pinpoints)
     model.settings = {"stages": "1:0.5:text_to_image,2:1:image_to_image", "note": "random"}
     tokens = json.loads((EMBEDDED / "generation_config.json").read_bytes())
 

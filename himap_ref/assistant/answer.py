@@ -82,6 +82,7 @@ class Past:
     weights: list = field(repr=False)  # `Llava.fingerprint` at the time
     length: int  # tokens computed
     image_span: tuple[int, int] | None = None  # [start, stop) in ids
+    pruned_before: int = 0  # image tokens that a reducer left out, and an unpruned run has
 
     @property
     def is_conversation(self) -> bool:

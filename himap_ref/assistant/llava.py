@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..anyres import most_image_tokens, num_image_tokens
 from ..cache import LayerCache
 from ..checkpoint.config import read_config, read_eos, read_image_processor, read_settings
 from ..checkpoint.files import find_folder, read_json, read_tokenizer
@@ -20,7 +22,7 @@ from ..flops import pass_flops, projector_flops, vision_flops
 from ..generation import clock, generate
 from ..image import ImageProcessor
 from ..kernels import single_rows
-from ..methods.reducers import ImageReducer
+from ..methods.reducers import ImageReducer, check_grid
 from ..methods.schedules import parse_stages
 from ..model import LlavaModel
 from ..prompt import TEMPLATES, encode_prompt
@@ -65,7 +67,9 @@ class Llava(LlavaModel):
         with torch.device("meta"):
             model = cls(settle_head(config, tensors))
         model.tokenizer = tokenizer
-        model.image_processor = read_image_processor(folder, config.vision_config.image_size)
+        model.image_processor = read_image_processor(
+            folder, config.vision_config.image_size, config.image_grid_pinpoints
+        )
         model.eos_token_ids = read_eos(folder)
         model.settings = read_settings(folder)
         model.template = model.settings.get("template") or read_template(folder)[0] or model.template
@@ -76,15 +80,15 @@ class Llava(LlavaModel):
         return model.eval()
 
     def preprocess(self, image: Picture) -> Tensor:
-        """A picture or its file -> pixel_values (1, 3, S, S), fp32 on the CPU."""
+        """A picture or its file -> pixel_values (1, 3, S, S), fp32 on the CPU; LLaVA-NeXT: (looks, 3, S, S)."""
         return self.image_processor(load_image(image))
 
     def encode(self, question: str, num_image_tokens: int | None = None, past: Past | None = None) -> list[int]:
-        """Question -> ids, the image tokens (default: the model's N; 0: no picture) in place.
+        """Question -> ids, the image tokens (default: the model's N, LLaVA-NeXT's largest; 0: no picture) in place.
 
         Behind a conversation so far, it is the next turn. Raises HimapError if the ids do not go on from `past`.
         """
-        N = self.config.num_image_tokens if num_image_tokens is None else num_image_tokens
+        N = most_image_tokens(self.config) if num_image_tokens is None else num_image_tokens
         image_token, vocab_size = self.config.image_token_index, self.config.text_config.vocab_size
         if past and past.is_conversation:
             said = past.ids[:-1] if past.ids[-1] in self.eos_token_ids else past.ids
@@ -147,20 +151,19 @@ class Llava(LlavaModel):
         stages = self.himap if stages == "himap" else stages
         stages_by_layer(stages, len(self.language_model.layers))  # checked without a picture, too
         config, decoder, device = self.config, self.language_model, self.language_model.norm.weight.device
-        begun, N, image_embeds = clock(device), 0, None
+        begun, pruned_before, looks = clock(device), 0, [0] * len(questions)
+        image_embeds: Any = [None] * len(questions)
         if images[0] is not None:
-            pixel_values = torch.cat([self.preprocess(picture) for picture in images])
-            image_embeds = reducer(self, pixel_values) if reducer else self.embed_image(pixel_values)
-            N = image_embeds.shape[1]
+            image_embeds, pruned_before, looks = self._look([load_image(each) for each in images], reducer)
+        N = 0 if image_embeds[0] is None else len(image_embeds[0])
         encoded, start = [self.encode(question, N, past) for question in questions], past.length if past else 0
         if past and past.is_conversation:  # of which any token may be part, the image token as a word, too
             prompts = [decoder.embed_tokens(torch.tensor(ids[start:], device=device)) for ids in encoded]
-            span = past.image_span
+            span, pruned_before = past.image_span, past.pruned_before
         else:
-            images_of = [None] * len(encoded) if image_embeds is None else image_embeds
-            prompts = [self.embed(ids[start:], picture) for ids, picture in zip(encoded, images_of, strict=True)]
+            prompts = [self.embed(ids[start:], x) for ids, x in zip(encoded, image_embeds, strict=True)]
             span = self.image_span(encoded)
-        vision = clock(device) - begun
+        seeing = clock(device) - begun
         stream = Stream(self.tokenizer, on_text) if on_text else None
         out = generate(
             decoder, prompts, span if N else None, stages if N else (),
@@ -169,29 +172,45 @@ class Llava(LlavaModel):
         )  # fmt: skip
         if stream:
             stream.finish()
-        own = (vision_flops(config), projector_flops(config)) if N else (0, 0)
-        encoding = reducer.flops(config) if reducer and N else own
-        pruned_before = config.num_image_tokens - (span[1] - span[0]) if span else 0  # by the reducer
+        look = vision_flops(config), projector_flops(config)
+        reduced = reducer.flops(config) if reducer else look
         executed = len(prompts) * sum(pass_flops(config.text_config, trace.layers) for trace in out.traces)
         answers = []
         for b, (ids, asked) in enumerate(zip(out.token_ids, encoded, strict=True)):
             n = len(asked) + pruned_before
             cached = n - len(prompts[b]) if past and past.is_conversation else 0  # a prefix is no vanilla run's
             traces = [trace.item(b) for trace in out.traces[: len(ids)]]
+            encoding, own = ((looks[b] * vision, looks[b] * projector) for vision, projector in (reduced, look))
             answers.append(Answer(
                 text=text_of(self.tokenizer, ids), token_ids=ids, prompt_ids=asked,
                 image_span=span, finish=out.finish[b], first_logits=out.first_logits[b], traces=traces,
                 flops=count_flops(config, traces, n - cached, cached, encoding, own), batch_flops=executed,
-                seconds={"vision": vision, **out.seconds}, make_past=self._past_of(b, asked + ids, out.cache, span),
+                seconds={"vision": seeing, **out.seconds},
+                make_past=self._past_of(b, asked + ids, out.cache, span, pruned_before),
             ))  # fmt: skip
         return answers[0] if isinstance(prompt, str) else answers
 
+    def _look(self, pictures: list[Image.Image], reducer: ImageReducer | None) -> tuple[Tensor, int, list[int]]:
+        """One picture for each prompt -> (B, N, d) image tokens, how many a reducer took from each prompt, and how
+        often the encoder ran for each (LLaVA-NeXT: also for every tile)."""
+        if reducer:
+            check_grid(self.config)
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        counts = [num_image_tokens(size, self.config) for size in sizes]
+        if len({*counts}) > 1:
+            told = " and ".join(map(str, sorted({*counts})))
+            raise HimapError(f"the pictures of a batch must have equally many image tokens, not {told}: ask one by one")
+        pixels = [self.preprocess(picture) for picture in pictures]
+        x = reducer(self, torch.cat(pixels)) if reducer else self.embed_image(torch.cat(pixels), sizes)
+        x = x.reshape(len(pictures), -1, x.shape[-1])
+        return x, counts[0] - x.shape[1], [len(looks) for looks in pixels]
+
     def _past_of(
-        self, b: int, ids: list[int], cache: list[LayerCache], span: tuple[int, int] | None
+        self, b: int, ids: list[int], cache: list[LayerCache], span: tuple[int, int] | None, pruned_before: int
     ) -> Callable[[], Past]:
         """Made when it is asked for: it copies prompt `b`'s part of the batch's cache."""
         fingerprint = self.fingerprint()
-        return lambda: Past(ids, [layer.item(b) for layer in cache], fingerprint, len(ids) - 1, span)
+        return lambda: Past(ids, [layer.item(b) for layer in cache], fingerprint, len(ids) - 1, span, pruned_before)
 
     def _check(self, images: Sequence[Picture | None], questions: Sequence[str], past: Past | None) -> None:
         if not questions or len(images) != len(questions) or len({picture is None for picture in images}) > 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from ..anyres import AnyresProcessor
 from ..config import VIT_L_14_336, LlavaConfig, TextConfig, VisionConfig
 from ..errors import HimapError
 from ..image import ImageProcessor
@@ -18,6 +19,7 @@ LIMITS = {  # inclusive, of a field or else of its type; no product of sizes tha
     "image_size": (1, 2**13), "max_position_embeddings": (1, 2**31), "original_max_position_embeddings": (1, 2**31),
     "image_token_index": (0, 2**31), "vision_feature_layer": (-1001, 1000), "size": (1, 2**13), "resample": (0, 5),
     "shortest_edge": (1, 2**13), "crop_size": (1, 2**13), "image_mean": (-1000, 1000), "image_std": (1e-6, 1e6),
+    "image_grid_pinpoints": (1, 2**13),
 }  # fmt: skip
 ENTRIES: dict[str, tuple] = {  # that can make it another model or prompt: the values that do not
     "image_aspect_ratio": (None, "square", "pad"), "mm_patch_merge_type": (None, "flat"), "mm_resampler_type": (None,),
@@ -25,10 +27,14 @@ ENTRIES: dict[str, tuple] = {  # that can make it another model or prompt: the v
     "mm_use_im_start_end": (None, False), "s2": (None, False), "transformers_weights": (None,),
 }  # fmt: skip
 TOWERS = {"clip-vit-large-patch14-336": VIT_L_14_336, "clip-vit-large-patch14": replace(VIT_L_14_336, image_size=224)}
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # transformers' for LLaVA-NeXT
 QUANTISED = "quantised weights are not read: use the repository without quantisation, or save them dequantised"
 ROPE: dict[str, tuple] = {  # the types that are computed, and the settings that each needs
     "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # fmt: skip
+MISTRAL = {  # what its files leave out
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096,
 }  # fmt: skip
 PAIR = ("height", "width")
 WITHOUT: dict[str, dict] = {  # what a step of the preprocessing amounts to that is switched off
@@ -43,13 +49,17 @@ def build(cls: Any, data: dict) -> Any:
     for field in fields(cls):
         value, kinds = values.get(field.name, field.default), str(field.type).split(" | ")
         low, high = LIMITS.get(field.name, LIMITS.get(kinds[0], (-math.inf, math.inf)))
-        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, (int, float))]
+        numbers = [x for x in _leaves(value) if isinstance(x, (int, float))]
         fits = _kinds(value) & {*kinds} or value is field.default is None
         fits = fits or isinstance(value, str) and repr(value) in kinds[0]  # Literal['a', 'b']
         if not fits or not all(low <= x <= high for x in numbers):
             limits = "" if math.isinf(high) else f", {low:g} to {high:g}"
             raise HimapError(f"{cls.__name__}.{field.name} {short(value)}: expected {field.type}{limits}")
     return cls(**values)
+
+
+def _leaves(value: object) -> list:
+    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, tuple) else [value]
 
 
 def _kinds(value: object) -> set[str]:
@@ -62,16 +72,18 @@ def _kinds(value: object) -> set[str]:
 
 
 def read_config(data: dict, image_token: int | None = None) -> LlavaConfig:
-    """From llava-hf's layout or the original LLaVA's (`mm_vision_tower`, ...). HimapError for other models.
+    """From llava-hf's layout, of LLaVA-NeXT, too, or the original LLaVA's (`mm_vision_tower`, ...). HimapError for
+    other models.
 
     image_token: the tokenizer's id of <image>, which the original's config.json need not say.
     """
     vision, text = section(data, "vision_config"), section(data, "text_config")
-    _check_type(data, "", "llava", "llava_llama")
+    _check_type(data, "", "llava", "llava_next", "llava_llama")
     _check_type(vision or {}, "vision_config.", "clip_vision_model")
     for name, allowed in ENTRIES.items():
         if name in data and data[name] not in allowed:
-            raise HimapError(f"{name} {data[name]!r} is not supported: expected {json.dumps(allowed)[1:-1]}")
+            hint = "; of LLaVA-NeXT take llava-hf's" if "anyres" in str(data[name]) else ""
+            raise HimapError(f"{name} {data[name]!r} is not supported: expected {json.dumps(allowed)[1:-1]}{hint}")
     if any(part.get("quantization_config") for part in (data, vision or {}, text or {})):
         raise HimapError(f"quantization_config: {QUANTISED}")
     if is_original(data):
@@ -81,12 +93,27 @@ def read_config(data: dict, image_token: int | None = None) -> LlavaConfig:
     layers = data.get("vision_feature_layer", -2)
     if isinstance(layers, list):
         layers = layers[0] if len(layers) == 1 else tuple(layers)
-    return build(LlavaConfig, {
-        **data, "image_token_index": data.get("image_token_id", data.get("image_token_index", 32000)),
+    config = build(LlavaConfig, {
+        **data, "image_grid_pinpoints": _pinpoints(data) if data.get("model_type") == "llava_next" else None,
+        "image_token_index": data.get("image_token_id", data.get("image_token_index", 32000)),
         "vision_feature_layer": layers,
         "vision_config": VIT_L_14_336 if vision is None else build(VisionConfig, vision),
         "text_config": _text_config({**text, "tie_word_embeddings": tied}),
     })  # fmt: skip
+    points, side = config.image_grid_pinpoints or (), config.vision_config.image_size
+    if wrong := [point for point in points if point[0] % side or point[1] % side]:
+        raise HimapError(f"image_grid_pinpoints {list(wrong[0])}: not in tiles of the encoder's {side} pixels a side")
+    if points and config.vision_feature_select_strategy != "default":
+        raise HimapError("vision_feature_select_strategy 'full': tiles have no class token: expected 'default'")
+    return config
+
+
+def _pinpoints(data: dict) -> object:
+    """With tuples for JSON's lists; what transformers has where a LLaVA-NeXT's file has none."""
+    points = data.get("image_grid_pinpoints")
+    if isinstance(points, list):
+        return tuple(tuple(size) if isinstance(size, list) else size for size in points)
+    return PINPOINTS if points is None else points
 
 
 def is_original(data: dict) -> bool:
@@ -117,7 +144,11 @@ def _original(data: dict, image_token: int | None) -> dict:
 
 
 def _text_config(data: dict) -> TextConfig:
-    _check_type(data, "text_config.", "llama", "llava", "llava_llama")
+    _check_type(data, "text_config.", "llama", "mistral", "llava", "llava_llama")
+    if data.get("model_type") == "mistral":
+        data = MISTRAL | data
+        if (window := data["sliding_window"]) is not None:
+            raise HimapError(f"sliding_window {short(window)} is not supported: expected null: tokens see all before")
     rope = section(data, "rope_scaling") or section(data, "rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind in ("linear", "dynamic", "yarn") and rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1):
@@ -140,22 +171,32 @@ def _check_type(data: dict, where: str, *supported: str) -> None:
         raise HimapError(f"{where}model_type {short(data['model_type'])} is not supported: expected {supported[0]!r}")
 
 
-def read_image_processor(folder: Path, image_size: int) -> ImageProcessor:
-    """From within processor_config.json, as transformers 5 writes it, else the whole of preprocessor_config.json."""
+def read_image_processor(folder: Path, image_size: int, pinpoints: tuple | None = None) -> ImageProcessor:
+    """From within processor_config.json, as transformers 5 writes it, else the whole of preprocessor_config.json.
+
+    pinpoints: config.json's, of a LLaVA-NeXT.
+    """
     older, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     data = section(read_json(newer), "image_processor") if newer.exists() else None
     if data is None:
         data = read_json(older) if older.exists() else {}
-    kind = str(data.get("image_processor_type") or "LlavaImageProcessor")
-    if not re.fullmatch("(CLIP|Llava)(ImageProcessor|FeatureExtractor)(Fast|Pil)?", kind):
-        raise HimapError(f"{folder}: image_processor_type {short(kind)} is not supported: expected CLIPImageProcessor")
-    if data.get("do_pad") is None or "Llava" not in kind:  # CLIP's never pads, but the original LLaVA does before it
+    kinds = ["LlavaNext"] if pinpoints else ["Llava", "CLIP"]
+    kind = str(data.get("image_processor_type") or f"{kinds[0]}ImageProcessor")
+    if not re.fullmatch(f"({'|'.join(kinds)})(ImageProcessor|FeatureExtractor)(Fast|Pil)?", kind):
+        expected = f"expected {kinds[-1]}ImageProcessor"
+        raise HimapError(f"{folder}: image_processor_type {short(kind)} is not supported: {expected}")
+    if pinpoints:
+        data["do_pad"] = False  # there it means a batch
+    elif data.get("do_pad") is None or "Llava" not in kind:  # CLIP's never pads, but the original LLaVA does before it
         whole = read_json(folder / "config.json")
         data["do_pad"] = is_original(whole) and whole.get("image_aspect_ratio") == "pad"
     processor = image_processor(data, image_size)
-    if (processor.crop_size or processor.size) != (image_size, image_size):
+    resized = {processor.shortest_edge, *(processor.size or ())} if pinpoints else set()  # a tile is as it is to be
+    if (processor.crop_size or processor.size) != (image_size, image_size) or not resized <= {None, image_size}:
         raise HimapError(f"{folder}: the image processor does not make pictures of {image_size} pixels a side")
-    return processor
+    if pinpoints and _pinpoints(data) != pinpoints:
+        raise HimapError(f"{folder}: image_grid_pinpoints of the image processor are not those of config.json")
+    return AnyresProcessor(**vars(processor), image_grid_pinpoints=pinpoints) if pinpoints else processor
 
 
 def image_processor(data: dict, image_size: int = 224) -> ImageProcessor:

@@ -24,6 +24,7 @@ PREFIXES = (
     ("model.vision_tower.vision_tower.", "vision_tower."),  # the original LLaVA
     ("model.vision_tower.", "vision_tower."),
     ("vision_tower.", "vision_tower."),
+    ("model.image_newline", "image_newline"),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("multi_modal_projector.", "multi_modal_projector."),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),  # the original LLaVA

@@ -104,16 +104,19 @@ def short(path: object) -> str:
     return str(path).removeprefix(here)
 
 
-def tell_of_input(args: argparse.Namespace, model: Llava, method: Method, name: object, question: str | None) -> None:
+def tell_of_input(
+    args: argparse.Namespace, model: Llava, method: Method, image: Image.Image | None, name: object,
+    question: str | None,
+) -> None:  # fmt: skip
     """What is asked of whom, before the answer; raises HimapError before a line is said if that cannot be asked."""
     Sampling(args.temperature, args.top_p, args.seed)
     if question is not None:
-        model.encode(question, 0 if name == "none" else method.num_image_tokens(model.config))
+        model.encode(question, 0 if image is None else method.num_image_tokens(model.config))
     weight = model.language_model.norm.weight
     where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
     lines = {
         "weights": f"{short(args.weights)} ({where})", "picture": short(name),
-        "method": report.schedule(method, model.config),
+        "method": report.schedule(method, model.config, None if image is None else (image.height, image.width)),
         "question": question and shorten(question, 200, placeholder=" ..."),
     }  # fmt: skip
     tell(*(f"{what:8}  {value}" for what, value in lines.items() if value is not None))
@@ -136,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     model, folder = load_model(args)
     loading = {"load": time.perf_counter() - start}
     method = find_method(args, model)
-    tell_of_input(args, model, method, name, prompt)
+    tell_of_input(args, model, method, image, name, prompt)
     generate: Callable[..., Any] = partial(  # one answer to one question
         model.generate, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
         seed=args.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..anyres import Size
 from ..assistant import Answer
 from ..assistant.answer import kv_cache_bytes
 from ..config import LlavaConfig
@@ -44,15 +45,16 @@ def as_json(config: LlavaConfig, answer: Answer, seconds: dict[str, float], vani
     return result
 
 
-def schedule(method: Method, config: LlavaConfig) -> str:
-    """A method in words: "himap: 576 image tokens; from layer 2 on 288, by text_to_image; ..."."""
-    left, parts = method.num_image_tokens(config), []
+def schedule(method: Method, config: LlavaConfig, image: Size | None = None) -> str:
+    """A method in words: "himap: 576 image tokens; from layer 2 on 288, by text_to_image; ...". image: the picture's
+    size, by which the number of its tokens differs in LLaVA-NeXT. Raises HimapError if a stage is to keep more."""
+    left, parts = method.num_image_tokens(config, image), []
     before = f", made of the picture's {config.num_image_tokens}" if method.reducer else ""
     for stage in method.stages:
         left = stage.count(left)
         parts.append(f"; from layer {stage.layer} on {left}" + (f", by {stage.name}" if stage.score else ""))
     whole = "" if parts or method.reducer else ", all of them in every layer"
-    return f"{method.name}: {method.num_image_tokens(config)} image tokens{before}{whole}{''.join(parts)}"
+    return f"{method.name}: {method.num_image_tokens(config, image)} image tokens{before}{whole}{''.join(parts)}"
 
 
 def summary(result: dict) -> str:

@@ -39,6 +39,12 @@ class ImageReducer(Protocol):
         """
 
 
+def check_grid(config: LlavaConfig) -> None:
+    """Raises HimapError for LLaVA-NeXT."""
+    if config.image_grid_pinpoints:
+        raise HimapError("methods before the decoder need one grid of patches; LLaVA-NeXT has tiles: take stages")
+
+
 def check_patches(config: LlavaConfig, method: str) -> int:
     """How many patches there are to rank; raises HimapError if the model does not suit a method that ranks them."""
     if config.vision_feature_select_strategy != "default":

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..anyres import Size, most_image_tokens, num_image_tokens
 from ..config import LlavaConfig
 from ..errors import HimapError
 from ..model import LlavaModel
 from ..pruning import HIMAP, HIMAP_CAPTION, METHODS, LayerView, Score, Stage
 from .peers import DivPrune, Downsample, VisionZip
 from .plan import tokens_per_layer
-from .reducers import AveragePool, ClsAttention, ImageReducer
+from .reducers import AveragePool, ClsAttention, ImageReducer, check_grid
 from .scores import SCORES, last_to_image, random
 
 
@@ -49,9 +50,12 @@ class Method:
     stages: tuple[Stage, ...] = ()
     reducer: ImageReducer | None = None
 
-    def num_image_tokens(self, config: LlavaConfig) -> int:
-        """Those that enter the decoder."""
-        return self.reducer.num_image_tokens(config) if self.reducer else config.num_image_tokens
+    def num_image_tokens(self, config: LlavaConfig, image: Size | None = None) -> int:
+        """Those of a picture that enter the decoder; without its size the most that a picture has (LLaVA-NeXT)."""
+        if self.reducer:
+            check_grid(config)
+            return self.reducer.num_image_tokens(config)
+        return num_image_tokens(image, config) if image else most_image_tokens(config)
 
     def settings(self) -> dict:
         """By which a results file recognises it: a name, or a function of one's own, may mean another one tomorrow."""

@@ -81,6 +81,7 @@ def test_unused_tensors_are_left_out(folder, model, extra):
     ("model.mm_projector.0.weight", "multi_modal_projector.linear_1.weight"),
     ("model.mm_projector.2.bias", "multi_modal_projector.linear_2.bias"),
     ("model.mm_projector.weight", "multi_modal_projector.linear_1.weight"),
+    ("model.image_newline", "image_newline"), ("image_newline", "image_newline"),
 ])  # fmt: skip
 def test_names(theirs, ours):
     """A prefix that is tried before a longer one sends a whole layout's tensors astray."""

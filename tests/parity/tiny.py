@@ -45,8 +45,13 @@ def make_model(processor, text: dict, vision: dict, top: dict, seed: int = 0):
         text_config=transformers.LlamaConfig(**text), vision_config=transformers.CLIPVisionConfig(**vision),
         image_token_index=processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), **top,
     )  # fmt: skip
+    return randomised(transformers.LlavaForConditionalGeneration, config, seed)
+
+
+def randomised(model_class, config, seed: int = 0):
+    """A model whose greedy answers vary."""
     torch.manual_seed(seed)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model = model_class(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             torch.nn.init.normal_(parameter, 1.0, 0.2)

@@ -16,7 +16,7 @@ from ...config import LlavaConfig
 
 def hub_name(name: str) -> str:
     """One of our tensor names in llava-hf's."""
-    part, leaf = name.split(".", 1)
+    part, _, leaf = name.partition(".")
     if part == "vision_tower":
         return f"vision_tower.vision_model.{'encoder.' if leaf.startswith('layers.') else ''}{leaf}"
     if part == "language_model" and not leaf.startswith("lm_head"):
@@ -29,11 +29,14 @@ def config_json(config: LlavaConfig, tokens: dict[str, int]) -> dict:
     data = asdict(config)
     vision, text = data["vision_config"], data["text_config"]
     del data["projector_type"]  # the original LLaVA's key
+    kind, name = ("llava_next", "LlavaNext") if config.image_grid_pinpoints else ("llava", "Llava")
+    if kind == "llava":
+        del data["image_grid_pinpoints"]
     rope = {name: text.pop(name) for name in ("rope_type", *ROPE["llama3"])}
     if rope["rope_type"] != "default":
         text["rope_scaling"] = {name: rope[name] for name in ("rope_type", *ROPE[rope["rope_type"]])}
     return {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **data, **tokens,
+        "architectures": [f"{name}ForConditionalGeneration"], "model_type": kind, **data, **tokens,
         "image_seq_length": config.num_image_tokens, "tie_word_embeddings": text["tie_word_embeddings"],
         "vision_config": {"model_type": "clip_vision_model", "projection_dim": vision["hidden_size"], **vision},
         "text_config": {"model_type": "llama", **text, **tokens},
@@ -54,13 +57,16 @@ def folder_files(
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
     for file, names in split.filename_to_tensors.items():
         yield file, save({name: data(name, tensors[name]) for name in names}, {"format": "pt"})
+    points = model.config.image_grid_pinpoints
     contents = {
         "config": {**config_json(model.config, tokens), "torch_dtype": str(norm.weight.dtype).removeprefix("torch.")},
         "generation_config": tokens, **({"himap": model.settings} if model.settings else {}), **more,
         "preprocessor_config": {
-            "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": pixels.shortest_edge},
+            "image_processor_type": f"{'LlavaNext' if points else 'CLIP'}ImageProcessor",
+            "size": {"shortest_edge": pixels.shortest_edge},
             "crop_size": dict(zip(PAIR, pixels.crop_size or (), strict=True)), "resample": pixels.resample,
             "image_mean": pixels.image_mean, "image_std": pixels.image_std, "rescale_factor": pixels.rescale_factor,
+            **({"image_grid_pinpoints": points} if points else {}),
         },
     }  # fmt: skip
     if split.is_sharded:
