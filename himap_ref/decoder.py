@@ -1,7 +1,8 @@
 """LLaMA decoder with pruning written into its layer loop (source: `LlamaForCausalLM`; names are its checkpoint's).
 
 Differs from a textbook LLaMA:
-- every token bears its position in the whole prompt, never 0..n-1: others may leave, and it keeps its place;
+- every token bears its position in the whole prompt, never 0..n-1: others may leave, and it keeps its place; of
+  several pictures the tokens are moved together, so that image tokens are always one block of rows;
 - each layer has its own key/value cache, as long as what pruning let through to it;
 - rows can stop inside a layer, after its q, k, v and (in layer K-1) its ranking: the losers of a stage, and in the last
   layer all rows but each prompt's last. Their keys and values stay in its cache; attention output, o_proj and MLP are
@@ -122,21 +123,25 @@ class LlamaDecoder(nn.Module):
         return F.linear(hidden, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(hidden)
 
     def forward(
-        self, inputs_embeds: Tensor, image_span: tuple[int, int] | None = None, stages: Stages = (),
+        self, inputs_embeds: Tensor, image_span: tuple[int, ...] | None = None, stages: Stages = (),
         all_rows: bool = False, positions: Tensor | None = None, cache: Sequence[LayerCache] | None = None,
     ) -> DecoderOutput:  # fmt: skip
         """Some tokens through all layers: a whole prompt, a part of one, a new turn, or one generated token.
 
-        inputs_embeds: (B, n, d), image tokens in place. image_span: positions [start, stop) of the image tokens if they
-        are among these, the same for all prompts. stages: prune them, ranked by these rows; "himap" is HIMAP. all_rows:
-        the last layer for every row left, not only for each prompt's last. positions: (B, n) in the whole prompt,
-        ascending, PADDING behind a shorter one; without a cache 0..n-1. cache: of all tokens before (B = 1: shared
-        by all prompts); it stays as it is. Raises HimapError for what does not fit the decoder or each other.
+        inputs_embeds: (B, n, d), image tokens in place. image_span: positions (start, stop) of the image tokens if they
+        are among these, the same for all prompts; (start, stop, start, stop, ...) of several pictures, which are ranked
+        together. stages: prune them, ranked by these rows; "himap" is HIMAP. all_rows: the last layer for every row
+        left, not only for each prompt's last. positions: (B, n) in the whole prompt, ascending, PADDING behind a
+        shorter one; without a cache 0..n-1. cache: of all tokens before (B = 1: shared by all prompts); it stays as it
+        is. Raises HimapError for what does not fit the decoder or each other.
         """
         x, stage_at = inputs_embeds, stages_by_layer(stages, len(self.layers))
         if positions is None:  # behind a cache the caller must know them
             positions = torch.arange(0 if cache else x.shape[1], device=x.device).expand(len(x), -1)
-        image, image_start = self._check(x, positions, image_span, stage_at, cache), image_span[0] if image_span else 0
+        image, order = self._check(x, positions, image_span, stage_at, cache)
+        if order is not None:  # several pictures: their tokens become one block; positions say where they stand
+            x, positions = x[:, order], positions[:, order]
+        candidates = torch.arange(image.stop - image.start, device=x.device).expand(len(x), -1)  # (B, N) image tokens
         cos, sin = rope(positions, self.config, x.dtype)
         out_cache, stage_traces, layer_traces = [], [], []
 
@@ -151,17 +156,17 @@ class LlamaDecoder(nn.Module):
                 view = LayerView(q, seen, x, positions, image)
                 scores = stage.evaluate(view)  # (B, N): phi of each image token, from this layer's attention
                 places = keep_highest(scores, stage.count(scores.shape[1]))  # (B, N') among these N
-                candidates = positions[:, image] - image_start  # (B, N): their indices in the whole picture
                 kept = take(candidates, places)
                 stage_traces.append(StageTrace(stage.layer, stage.name, candidates, scores, kept, view.own_ranking))
                 going, ranking = rows_left(places, image, entered), view.ranking
-                image = slice(image.start, image.start + kept.shape[1])
+                image, candidates = slice(image.start, image.start + kept.shape[1]), kept
             elif i + 1 == len(self.layers) and not all_rows:  # only the last row's logits are asked for
                 going = last_rows(positions)
             if going is not None:  # the others stop here; their keys and values stay in this layer's cache
                 x, q, positions, cos, sin = (take(t, going) for t in (x, q, positions, cos, sin))
 
-            mask = None if x.shape[1] == seen.k.shape[1] else causal_mask(positions, seen.positions)
+            in_order = x.shape[1] == seen.k.shape[1] and order is None
+            mask = None if in_order else causal_mask(positions, seen.positions)
             x = x + layer.self_attn.attend(q, seen.k, seen.v, mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             layer_traces.append(LayerTrace(entered, ranking, x.shape[1], seen.k.shape[1]))
@@ -169,10 +174,14 @@ class LlamaDecoder(nn.Module):
         hidden, padded = self.norm(x), out_cache[0].positions == PADDING  # padded (B, m): of cached keys, then of rows
         padding = torch.stack((padded[:, -inputs_embeds.shape[1] :].sum(dim=1), padded.sum(dim=1)), dim=1)
         logits = self.logits(take(hidden, last_rows(positions))[:, 0])
+        hidden = hidden if order is None else take(hidden, positions.argsort(dim=1))
         return DecoderOutput(logits, hidden, Trace(stage_traces, layer_traces, padding), out_cache)
 
-    def _check(self, x: Tensor, positions: Tensor, span: tuple | None, stages: dict, cache: Sequence | None) -> slice:
-        """The rows of the image tokens; raises HimapError for what does not fit."""
+    def _check(
+        self, x: Tensor, positions: Tensor, span: tuple[int, ...] | None, stages: dict, cache: Sequence | None
+    ) -> tuple[slice, Tensor | None]:
+        """The rows of the image tokens, and the order of all rows that makes one block of them, None if they are one:
+        what stands between pictures goes before it. Raises HimapError for what does not fit."""
         (B, n), context = x.shape[:2], self.config.max_position_embeddings
         if positions.shape != (B, n) or not B * n:
             raise HimapError(f"{B} prompts of {n} tokens: expected at least one, each with its position behind a cache")
@@ -184,12 +193,15 @@ class LlamaDecoder(nn.Module):
         if span is None:
             if stages:
                 raise HimapError("stages prune image tokens, but the prompt has no image: pass image_span or no stages")
-            return slice(n, n)
-        (start, stop), begin = span, int(positions[0, 0])
-        image = slice(start - begin, stop - begin)
-        inside = 0 <= image.start < image.stop <= n
-        if not inside or (positions[:, image] != torch.arange(start, stop, device=x.device)).any():
-            raise HimapError(f"image_span ({start}, {stop}) does not lie within the {n} tokens of the prompt")
-        if stages and (real.sum(dim=1) <= image.stop).any():
+            return slice(n, n), None
+        edges = torch.tensor(span, device=x.device) - positions[0, 0]
+        first, stop = int(edges[0]), int(edges[-1])
+        inside = first >= 0 and stop <= n and len(edges) % 2 == 0 and bool((edges.diff() > 0).all())
+        if not inside or (positions[:, first:stop] != torch.arange(span[0], span[-1], device=x.device)).any():
+            raise HimapError(f"image_span {span} does not lie within the {n} tokens of the prompt")
+        if stages and (real.sum(dim=1) <= stop).any():
             raise HimapError("no text follows the image: stages need text rows after it to rank by")
-        return image
+        row = torch.arange(n, device=x.device)
+        is_image = torch.bucketize(row, edges, right=True) % 2 == 1
+        order = torch.cat((row[~is_image & (row < stop)], row[is_image], row[stop:]))
+        return slice(stop - int(is_image.sum()), stop), order if len(span) > 2 else None

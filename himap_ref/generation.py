@@ -40,7 +40,7 @@ def clock(device: torch.device) -> float:
 
 @torch.no_grad()
 def generate(
-    decoder: LlamaDecoder, prompts: Tensor | Sequence[Tensor], image_span: tuple[int, int] | None = None,
+    decoder: LlamaDecoder, prompts: Tensor | Sequence[Tensor], image_span: tuple[int, ...] | None = None,
     stages: Stages = (), max_new_tokens: int = 128, eos_token_ids: Collection[int] = (),
     sampling: Sampling = Sampling(), reprune: bool = False, on_token: Callable[[int], None] | None = None,
     cache: Sequence[LayerCache] | None = None, start: int = 0,

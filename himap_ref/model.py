@@ -1,6 +1,7 @@
 """LLaVA: picture -> encoder -> projector -> decoder <- embeddings <- ids. This class is the diagram."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,10 @@ from .pruning import HIMAP, Stage, Stages
 from .vision import VisionTower
 
 
-def find_image_span(ids: Sequence[int], image_token: int) -> tuple[int, int] | None:
-    """[start, stop) of the one run of image tokens; None if there is none. More than one run is an error."""
-    places = [i for i, id in enumerate(ids) if id == image_token]
-    if places and places[-1] - places[0] + 1 != len(places):
-        raise HimapError("the image tokens are not one unbroken run: one picture per prompt is supported")
-    return (places[0], places[-1] + 1) if places else None
+def find_image_span(ids: Sequence[int], image_token: int) -> tuple[int, ...] | None:
+    """(start, stop) of the image tokens, of several pictures (start, stop, start, stop, ...); None without any."""
+    is_image = [False, *(id == image_token for id in ids), False]
+    return tuple(i for i, (before, here) in enumerate(pairwise(is_image)) if before != here) or None
 
 
 class LlavaModel(nn.Module):
@@ -40,7 +39,7 @@ class LlavaModel(nn.Module):
         x = self.multi_modal_projector(self.vision_tower(pixel_values))
         return pack(x, image_sizes, self.config, self.image_newline)[None] if self.config.image_grid_pinpoints else x
 
-    def image_span(self, prompts: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    def image_span(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
         """Where all prompts of a batch have their image tokens; raises HimapError if they do not agree."""
         spans = {find_image_span(ids, self.config.image_token_index) for ids in prompts}
         if len(spans) != 1:
@@ -49,13 +48,17 @@ class LlavaModel(nn.Module):
 
     def embed(self, ids: Sequence[int], image_embeds: Tensor | None) -> Tensor:
         """One prompt's n ids and (N, d) image tokens -> (n, d). Raises HimapError if it has not N places for them."""
-        start, stop = find_image_span(ids, self.config.image_token_index) or (0, 0)
-        N = 0 if image_embeds is None else len(image_embeds)
-        if stop - start != N:
-            raise HimapError(f"the prompt has {stop - start} image tokens, the picture {N}")
-        words = torch.tensor([*ids[:start], *ids[stop:]], dtype=torch.long)  # the image token is never looked up
-        x = self.language_model.embed_tokens(words.to(self.language_model.norm.weight.device))
-        return x if image_embeds is None else torch.cat((x[:start], image_embeds, x[start:]))
+        every, N = torch.tensor(ids, dtype=torch.long), 0 if image_embeds is None else len(image_embeds)
+        is_image = every == self.config.image_token_index
+        if (places := int(is_image.sum())) != N:
+            raise HimapError(f"the prompt has {places} image tokens, the picture {N}")
+        device = self.language_model.norm.weight.device
+        words = self.language_model.embed_tokens(every[~is_image].to(device))  # the image token is never looked up
+        if image_embeds is None:
+            return words
+        x = words.new_empty(len(ids), words.shape[1])
+        x[~is_image], x[is_image] = words, image_embeds
+        return x
 
     def forward(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, stages: Stages = (), all_rows: bool = False,

@@ -2,6 +2,7 @@
 Tokenised in one go with one `<image>` in it and expanded afterwards: the ids of transformers' `LlavaProcessor`."""
 
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 from reprlib import repr as short
 
@@ -38,9 +39,11 @@ def split(template: str, eos: str = "") -> tuple[str, str, str]:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, question: str, template: str, image_token: int, N: int, turn: str | None = None
-) -> list[int]:
-    """Ids, `<image>` N times; without image tokens (N = 0) <image> and its line break go.
+    tokenizer: Tokenizer, question: str, template: str, image_token: int, N: int | Sequence[int],
+    turn: str | None = None,
+) -> list[int]:  # fmt: skip
+    """Ids, `<image>` N times; without image tokens (N = 0) <image> and its line break go. Of several pictures N is a
+    number each, and <image> stands there once for each, with its line break, as in llava-hf's chat templates.
 
     turn: only what a later turn adds behind an answer; it is the EOS as text, for templates that do not say.
     """
@@ -49,7 +52,9 @@ def encode_prompt(
     added = tokenizer.get_added_tokens_decoder()
     image = added[image_token].content if image_token in added else "<image>"
     before, after, later = split(template, turn or "")
-    text = before + image + after if N else before + after.removeprefix("\n")
+    counts = [count for count in ([N] if isinstance(N, int) else N) if count]
+    gap = after[: len(after) - len(after.lstrip())]
+    text = before + gap.join([image] * len(counts)) + after if counts else before + after.removeprefix("\n")
     text = text if turn is None else f"x{later}"  # "x" is the answer: a text's first word gets ids of its own
     begin = text.index("{question}")
     text = text.replace("{question}", question)
@@ -60,15 +65,15 @@ def encode_prompt(
     places = [b - len(text[a:b].lstrip()) if a < b else -1 for a, b in encoding.offsets]  # of each token in the text
     typed = [id in added and begin <= at < begin + len(question) for id, at in zip(encoding.ids, places, strict=True)]
     tokens = list(zip(encoding.ids, typed, strict=True))
-    if N and (image_token not in added or (image_token, False) not in tokens):
+    if counts and (image_token not in added or tokens.count((image_token, False)) < len(counts)):
         raise HimapError(f"the tokenizer has no added token {image_token} (image_token_index): add <image> to it")
     if turn is not None:
         del tokens[: len(tokenizer.encode("x", add_special_tokens=False).ids)]
     while tokens[:1] == tokens[1:2] and tokens[0][0] in added:  # BOS by the template and by the tokenizer
         del tokens[0]
-    expanded: list[int] = []
+    expanded, numbers = list[int](), iter(counts)
     for id, by_user in tokens:
-        expanded += _as_text(tokenizer, id) if by_user else [id] * (N or 1 if id == image_token else 1)
+        expanded += _as_text(tokenizer, id) if by_user else [id] * (next(numbers, 1) if id == image_token else 1)
     return expanded
 
 

@@ -42,7 +42,8 @@ class LayerView:
 
     Of the n rows that entered: q (B, n, h, c), with RoPE; hidden (B, n, d), the layer's input; positions (B, n).
     Of the m keys that they see, a cached prefix's first: k (with RoPE) and v (B, m, g, c), key_positions (B, m).
-    system, image, text, all: slices of the rows; text is all that follows the image, generated tokens included.
+    system, image, text, all: slices of the rows; text is all that follows the image, generated tokens included. Several
+    pictures are one image, in their order; text follows the last of them, and what stands between is among the system.
     last (B, 1): each prompt's last row. real (B, n): False for the padding of a shorter prompt.
     ranking: rows of attention asked for so far; own_ranking (B,): without padding. For the FLOPs.
     """

@@ -81,7 +81,7 @@ class Past:
     cache: list[LayerCache] = field(repr=False)  # of all ids, but of that answer's last one
     weights: list = field(repr=False)  # `Llava.fingerprint` at the time
     length: int  # tokens computed
-    image_span: tuple[int, int] | None = None  # [start, stop) in ids
+    image_span: tuple[int, ...] | None = None  # in ids, see `LlamaDecoder.forward`
     pruned_before: int = 0  # image tokens that a reducer left out, and an unpruned run has
 
     @property
@@ -96,7 +96,7 @@ class Answer:
     text: str
     token_ids: list[int]  # generated, an EOS included
     prompt_ids: list[int]  # image tokens expanded; in a later turn, all that was said before included
-    image_span: tuple[int, int] | None  # [start, stop) in prompt_ids
+    image_span: tuple[int, ...] | None  # in prompt_ids: (start, stop), (start, stop, start, stop, ...) if several
     finish: str  # "eos", "length" (max_new_tokens) or "context" (no position left)
     first_logits: Tensor  # (vocab,)
     traces: list[Trace]  # one for each token, the prefill's first

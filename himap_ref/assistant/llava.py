@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -33,6 +33,21 @@ from .chat_template import read_template
 from .device import find_device
 from .picture import Picture, load_image
 from .text import Stream, text_of
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The pictures of one prompt, as the decoder gets them."""
+
+    tokens: Tensor | None = None  # (N, d), of all of them
+    counts: Sequence[int] = ()  # how many of each
+    whole: int = 0  # how many without a reducer
+    looks: int = 0  # how often the encoder ran
+
+
+def listed(image: Any) -> list[Picture]:
+    """A picture, several or None, as a list."""
+    return list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
 
 
 class Llava(LlavaModel):
@@ -83,8 +98,11 @@ class Llava(LlavaModel):
         """A picture or its file -> pixel_values (1, 3, S, S), fp32 on the CPU; LLaVA-NeXT: (looks, 3, S, S)."""
         return self.image_processor(load_image(image))
 
-    def encode(self, question: str, num_image_tokens: int | None = None, past: Past | None = None) -> list[int]:
-        """Question -> ids, the image tokens (default: the model's N, LLaVA-NeXT's largest; 0: no picture) in place.
+    def encode(
+        self, question: str, num_image_tokens: int | Sequence[int] | None = None, past: Past | None = None
+    ) -> list[int]:
+        """Question -> ids, the image tokens (default: the model's N, LLaVA-NeXT's largest; 0: no picture; a number each
+        of several pictures) in place.
 
         Behind a conversation so far, it is the next turn. Raises HimapError if the ids do not go on from `past`.
         """
@@ -125,7 +143,7 @@ class Llava(LlavaModel):
     @torch.no_grad()
     def generate(
         self,
-        image: Picture | None | Sequence[Picture | None],
+        image: Picture | None | Sequence[Picture | None | Sequence[Picture]],
         prompt: str | Sequence[str],
         stages: Stages = (),
         max_new_tokens: int = 128,
@@ -137,31 +155,34 @@ class Llava(LlavaModel):
         reducer: ImageReducer | None = None,
         past: Past | None = None,
     ) -> Answer | list[Answer]:
-        """Answers a question about a picture (None: no picture, so the stages have nothing to prune).
+        """Answers a question about a picture or a list of them (None: no picture, so the stages have nothing to prune).
 
-        A list of questions is a batch, and a list comes back: of any lengths, about one picture or one each, each
-        pruned by its own scores. stages: "himap" is what the weights recommend. reprune: see `generation.generate`.
-        on_text receives the (first) answer piece by piece. reducer: makes the image tokens in the model's place.
-        past: a prefix, or an answer's `past`, whose next turn this is (image: None, it has been seen).
-        Raises HimapError for input that does not fit.
+        A list of questions is a batch, and a list comes back: of any lengths, each pruned by its own scores, about one
+        picture or about a list with one for each question, or a list of them for each; image tokens stand at the same
+        places in all prompts of a batch. Several pictures of one question stand before it, one behind the other
+        (`<image>` and its line break once for each), and are ranked together. stages: "himap" is what the weights
+        recommend. reprune: see `generation.generate`. on_text receives the (first) answer piece by piece. reducer:
+        makes the image tokens in the model's place. past: a prefix, or an answer's `past`, whose next turn this is
+        (image: None, it has been seen). Raises HimapError for input that does not fit.
         """
         questions = [prompt] if isinstance(prompt, str) else list(prompt)
-        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
-        self._check(images, questions, past)
+        is_batch = isinstance(image, list | tuple) and not isinstance(prompt, str)
+        each_image: Any = image if is_batch else [image] * len(questions)
+        pictures = [listed(one) for one in each_image]  # of each question
+        self._check(pictures, questions, past)
         stages = self.himap if stages == "himap" else stages
         stages_by_layer(stages, len(self.language_model.layers))  # checked without a picture, too
         config, decoder, device = self.config, self.language_model, self.language_model.norm.weight.device
-        begun, pruned_before, looks = clock(device), 0, [0] * len(questions)
-        image_embeds: Any = [None] * len(questions)
-        if images[0] is not None:
-            image_embeds, pruned_before, looks = self._look([load_image(each) for each in images], reducer)
-        N = 0 if image_embeds[0] is None else len(image_embeds[0])
-        encoded, start = [self.encode(question, N, past) for question in questions], past.length if past else 0
+        begun, seen = clock(device), self._look(pictures, reducer) if pictures[0] else [Seen()] * len(questions)
+        N = sum(seen[0].counts)
+        pruned_before = seen[0].whole - N
+        encoded = [self.encode(question, each.counts, past) for question, each in zip(questions, seen, strict=True)]
+        start = past.length if past else 0
         if past and past.is_conversation:  # of which any token may be part, the image token as a word, too
             prompts = [decoder.embed_tokens(torch.tensor(ids[start:], device=device)) for ids in encoded]
             span, pruned_before = past.image_span, past.pruned_before
         else:
-            prompts = [self.embed(ids[start:], x) for ids, x in zip(encoded, image_embeds, strict=True)]
+            prompts = [self.embed(ids[start:], each.tokens) for ids, each in zip(encoded, seen, strict=True)]
             span = self.image_span(encoded)
         seeing = clock(device) - begun
         stream = Stream(self.tokenizer, on_text) if on_text else None
@@ -180,7 +201,7 @@ class Llava(LlavaModel):
             n = len(asked) + pruned_before
             cached = n - len(prompts[b]) if past and past.is_conversation else 0  # a prefix is no vanilla run's
             traces = [trace.item(b) for trace in out.traces[: len(ids)]]
-            encoding, own = ((looks[b] * vision, looks[b] * projector) for vision, projector in (reduced, look))
+            encoding, own = ((seen[b].looks * flops[0], seen[b].looks * flops[1]) for flops in (reduced, look))
             answers.append(Answer(
                 text=text_of(self.tokenizer, ids), token_ids=ids, prompt_ids=asked,
                 image_span=span, finish=out.finish[b], first_logits=out.first_logits[b], traces=traces,
@@ -190,32 +211,35 @@ class Llava(LlavaModel):
             ))  # fmt: skip
         return answers[0] if isinstance(prompt, str) else answers
 
-    def _look(self, pictures: list[Image.Image], reducer: ImageReducer | None) -> tuple[Tensor, int, list[int]]:
-        """One picture for each prompt -> (B, N, d) image tokens, how many a reducer took from each prompt, and how
-        often the encoder ran for each (LLaVA-NeXT: also for every tile)."""
+    def _look(self, pictures: Sequence[Sequence[Picture]], reducer: ImageReducer | None) -> list[Seen]:
+        """All pictures of all prompts through the encoder at once."""
         if reducer:
             check_grid(self.config)
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        counts = [num_image_tokens(size, self.config) for size in sizes]
-        if len({*counts}) > 1:
-            told = " and ".join(map(str, sorted({*counts})))
-            raise HimapError(f"the pictures of a batch must have equally many image tokens, not {told}: ask one by one")
-        pixels = [self.preprocess(picture) for picture in pictures]
-        x = reducer(self, torch.cat(pixels)) if reducer else self.embed_image(torch.cat(pixels), sizes)
-        x = x.reshape(len(pictures), -1, x.shape[-1])
-        return x, counts[0] - x.shape[1], [len(looks) for looks in pixels]
+        loaded = [[load_image(picture) for picture in each] for each in pictures]
+        sizes = [[(picture.height, picture.width) for picture in each] for each in loaded]
+        whole = [[num_image_tokens(size, self.config) for size in each] for each in sizes]
+        if len(totals := sorted({sum(each) for each in whole})) > 1:
+            told = " and ".join(map(str, totals))
+            raise HimapError(f"the prompts of a batch must have equally many image tokens, not {told}: ask one by one")
+        pixels = [torch.cat([self.preprocess(picture) for picture in each]) for each in loaded]
+        every = torch.cat(pixels)
+        x = reducer(self, every) if reducer else self.embed_image(every, [size for each in sizes for size in each])
+        counts = [[x.shape[1]] * len(each) for each in whole] if reducer else whole
+        tokens = x.reshape(len(pictures), -1, x.shape[-1])  # (B, N, d)
+        return [Seen(tokens[b], counts[b], sum(whole[b]), len(pixels[b])) for b in range(len(pictures))]
 
     def _past_of(
-        self, b: int, ids: list[int], cache: list[LayerCache], span: tuple[int, int] | None, pruned_before: int
+        self, b: int, ids: list[int], cache: list[LayerCache], span: tuple[int, ...] | None, pruned_before: int
     ) -> Callable[[], Past]:
         """Made when it is asked for: it copies prompt `b`'s part of the batch's cache."""
         fingerprint = self.fingerprint()
         return lambda: Past(ids, [layer.item(b) for layer in cache], fingerprint, len(ids) - 1, span, pruned_before)
 
-    def _check(self, images: Sequence[Picture | None], questions: Sequence[str], past: Past | None) -> None:
-        if not questions or len(images) != len(questions) or len({picture is None for picture in images}) > 1:
+    def _check(self, pictures: Sequence[Sequence], questions: Sequence[str], past: Past | None) -> None:
+        with_pictures = {len(each) > 0 for each in pictures}
+        if not questions or len(pictures) != len(questions) or len(with_pictures) > 1:
             raise HimapError(f"a batch of {len(questions)} questions needs as many pictures, or None")
         if past and past.weights != self.fingerprint():
             raise HimapError("the prefix or conversation was computed by other weights, or on another dtype or device")
-        if past and past.is_conversation and images[0] is not None:
+        if past and past.is_conversation and pictures[0]:
             raise HimapError("a later turn is about the picture of the first: give None for its picture")

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,7 +32,7 @@ from .html_report import draw_report
 from .known import note_on
 from .manners import run_command, tell
 from .options import EMBEDDED, add_model_arguments, is_embedded, load_model, note_roles, revision_of
-from .picture import draw_kept
+from .picture import check_grid_to_draw, draw_kept
 
 EXAMPLE = (EMBEDDED / "example.png", "What color is the star?")
 ROUNDS = 5  # of --compare, after one that is not counted
@@ -41,7 +41,8 @@ ROUNDS = 5  # of --compare, after one that is not counted
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Ask a picture a question, with HiMAP pruning its image tokens.")
     add = p.add_argument
-    add("--image", help="picture file, or 'none' for text only; embedded model: the example, if left out")
+    add("--image", nargs="+", metavar="FILE", help="picture file, or several that one question is about, or 'none' for "
+        "text only; embedded model: the example, if left out")
     add("--prompt", help="the question; asked for, if left out")
     add_model_arguments(p)
     add("--method", help="himap (default), himap-paper, himap-caption, fastv, pyramiddrop, vtw, "
@@ -62,10 +63,10 @@ def parse_args() -> argparse.Namespace:
     return p.parse_args()  # fmt: skip
 
 
-def what_to_ask(args: argparse.Namespace) -> tuple[str | Path, str | None]:
-    """Picture and question. The embedded model's example stands in for what is left out; a terminal is asked."""
-    image, prompt = args.image, args.prompt
-    if image is None and not is_embedded(args.weights):
+def what_to_ask(args: argparse.Namespace) -> tuple[list[str | Path], str | None]:
+    """Pictures and question. The embedded model's example stands in for what is left out; a terminal is asked."""
+    images, prompt = args.image, args.prompt
+    if images is None and not is_embedded(args.weights):
         raise HimapError("--image FILE (or none) is missing: which picture is the question about?")
     if prompt is None and not args.chat:
         if is_embedded(args.weights):
@@ -75,15 +76,17 @@ def what_to_ask(args: argparse.Namespace) -> tuple[str | Path, str | None]:
             prompt = sys.stdin.readline().strip()
         else:
             raise HimapError("--prompt QUESTION is missing: what is to be asked?")
-    return (EXAMPLE[0] if image is None else image), prompt
+    return ([EXAMPLE[0]] if images is None else [] if images == ["none"] else images), prompt
 
 
-def check_outputs(args: argparse.Namespace, image: Image.Image | None) -> None:
+def check_outputs(args: argparse.Namespace, images: Sequence[Image.Image]) -> None:
     """Raises HimapError for options that exclude each other, and for files that could not be written later."""
     if args.chat and (args.compare or args.json or args.reprune or args.show or args.report or args.trace):
         raise HimapError("--chat goes without --compare, --json, --reprune, --show, --report and --trace")
     for name, file, kind in (("--show", args.show, ".png"), ("--report", args.report, ".html")):
-        if file and (image is None or file.suffix.lower() != kind or not file.absolute().parent.is_dir()):
+        if file and len(images) > 1:
+            raise HimapError(f"{name} {file}: draws on one picture, not on {len(images)}: leave it out")
+        if file and (not images or file.suffix.lower() != kind or not file.absolute().parent.is_dir()):
             raise HimapError(f"{name} {file}: needs a picture to draw on, and a {kind} file in a folder that exists")
 
 
@@ -105,18 +108,19 @@ def short(path: object) -> str:
 
 
 def tell_of_input(
-    args: argparse.Namespace, model: Llava, method: Method, image: Image.Image | None, name: object,
+    args: argparse.Namespace, model: Llava, method: Method, images: Sequence[Image.Image], names: Sequence,
     question: str | None,
 ) -> None:  # fmt: skip
     """What is asked of whom, before the answer; raises HimapError before a line is said if that cannot be asked."""
     Sampling(args.temperature, args.top_p, args.seed)
     if question is not None:
-        model.encode(question, 0 if image is None else method.num_image_tokens(model.config))
+        model.encode(question, method.num_image_tokens(model.config) if images else 0)
     weight = model.language_model.norm.weight
     where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
     lines = {
-        "weights": f"{short(args.weights)} ({where})", "picture": short(name),
-        "method": report.schedule(method, model.config, None if image is None else (image.height, image.width)),
+        "weights": f"{short(args.weights)} ({where})",
+        "pictures" if len(names) > 1 else "picture": ", ".join(map(short, names)) or "none",
+        "method": report.schedule(method, model.config, [(image.height, image.width) for image in images]),
         "question": question and shorten(question, 200, placeholder=" ..."),
     }  # fmt: skip
     tell(*(f"{what:8}  {value}" for what, value in lines.items() if value is not None))
@@ -132,25 +136,27 @@ def compare(ask_pruned: Callable[[], Answer], ask: Callable[[], Answer]) -> tupl
 
 
 def main(args: argparse.Namespace) -> None:
-    name, prompt = what_to_ask(args)
-    image = None if name == "none" else load_image(name)
-    check_outputs(args, image)
+    names, prompt = what_to_ask(args)
+    images = [load_image(name) for name in names]
+    check_outputs(args, images)
     start = time.perf_counter()
     model, folder = load_model(args)
     loading = {"load": time.perf_counter() - start}
+    if args.show or args.report:
+        check_grid_to_draw(model.config)
     method = find_method(args, model)
-    tell_of_input(args, model, method, image, name, prompt)
+    tell_of_input(args, model, method, images, names, prompt)
     generate: Callable[..., Any] = partial(  # one answer to one question
         model.generate, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
         seed=args.seed,
     )  # fmt: skip
     if args.chat:
-        chat(model, image, generate, partial(generate, image, stages=method.stages, reducer=method.reducer), prompt)
+        chat(model, images, generate, partial(generate, images, stages=method.stages, reducer=method.reducer), prompt)
         return
     note_roles(model, str(prompt))
-    if note := note_on(model, image, str(prompt)):
+    if note := note_on(model, images, str(prompt)):
         tell(f"note: {note}")
-    ask, vanilla = partial(generate, image, prompt), None
+    ask, vanilla = partial(generate, images, prompt), None
     ask_pruned = partial(ask, method.stages, reprune=args.reprune, reducer=method.reducer)
     if args.compare:
         answer, vanilla = compare(ask_pruned, ask)
@@ -171,11 +177,11 @@ def main(args: argparse.Namespace) -> None:
         limit = "--max-new-tokens" if answer.finish == "length" else "the end of the model's context"
         tell(f"note: the answer stops at {limit}")
     tell(report.compare_table(answer, vanilla) if vanilla else report.summary(result))
-    if args.show and image:
-        write_whole(args.show, draw_kept(model, image, str(prompt), answer, method.reducer).save)
+    if args.show:
+        write_whole(args.show, draw_kept(model, images[0], str(prompt), answer, method.reducer).save)
         tell(f"wrote {args.show}")
-    if args.report and image:
-        write_text(args.report, draw_report(model, image, str(prompt), answer, vanilla or ask(), method.reducer))
+    if args.report:
+        write_text(args.report, draw_report(model, images[0], str(prompt), answer, vanilla or ask(), method.reducer))
         tell(f"wrote {args.report}")
 
 

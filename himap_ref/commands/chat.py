@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,18 +32,19 @@ def questions(first: str | None) -> Iterator[str]:
 
 
 def chat(
-    model: Llava, image: Image.Image | None, ask: Callable[..., Any], ask_first: Callable[..., Any], first: str | None
+    model: Llava, images: Sequence[Image.Image], ask: Callable[..., Any], ask_first: Callable[..., Any],
+    first: str | None,
 ) -> None:  # fmt: skip
     """Answers go to standard output as they come, all else to standard error.
 
-    image: what it is all about; ask_first: `Llava.generate` for the first turn, all but the question; ask: for later
+    images: what it is all about; ask_first: `Llava.generate` for the first turn, all but the question; ask: for later
     ones.
     """
     past, turn, context = None, 0, model.config.text_config.max_position_embeddings
     full = f"note: the conversation ends here: it fills the model's context of {context} tokens"
     for question in questions(first):
         note_roles(model, question)
-        if note := note_on(model, image, question):
+        if note := note_on(model, images, question):
             tell(f"note: {note}")
         try:
             show: Callable[[str], None] = partial(print, end="", flush=True)

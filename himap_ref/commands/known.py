@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from reprlib import repr as short
 
 import torch
 from PIL import Image
 
 from ..assistant import Llava
+from ..assistant.llava import listed
 from ..errors import HimapError
 
 PALE = 204  # a drawn background's darkest level, less what JPEG takes away; pure white is the paper of other pictures
@@ -16,20 +18,21 @@ JITTER = 28  # of a palette's colour, per channel: drawn 8 either way, then JPEG
 OUTLINES = 0.08  # pixels neither pale nor of the palette: the things' edges, more of them after JPEG
 
 
-def note_on(model: Llava, image: Image.Image | None, question: str) -> str | None:
+def note_on(model: Llava, image: Image.Image | Sequence[Image.Image] | None, question: str) -> str | None:
     """What to tell who asks: nothing if the model was trained on the like, or does not say what it was trained on.
 
     himap.json says it: "note" for people, "palette" and "questions" for `looks_drawn` and `is_known`. A model with a
     palette has always seen a picture. Raises HimapError for a faulty palette.
     """
-    settings, strange = model.settings, list[str]()
+    settings, strange, pictures = model.settings, list[str](), listed(image)
     if "note" not in settings:
         return None
     if "palette" in settings:
         vision = model.config.vision_config
-        if image is None:
-            strange.append("no picture")
-        elif not looks_drawn(image, settings["palette"], vision.image_size // vision.patch_size, vision.patch_size):
+        grid = vision.image_size // vision.patch_size
+        if len(pictures) != 1:
+            strange.append("several pictures" if pictures else "no picture")
+        elif not looks_drawn(pictures[0], settings["palette"], grid, vision.patch_size):
             strange.append("a strange picture")
     if "questions" in settings and not is_known(question, settings["questions"]):
         strange.append("a strange question")

@@ -14,6 +14,7 @@ from ..assistant import Llava
 from ..assistant.chat_template import read_template
 from ..assistant.device import find_device
 from ..checkpoint.files import find_folder
+from ..errors import HimapError
 from ..prompt import TEMPLATES, split
 from .manners import tell
 
@@ -53,6 +54,8 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, Path]:
     device = find_device(args.device, dtype)  # as `split`: before gigabytes are downloaded
     folder = find_folder(args.weights, args.revision)
     model = Llava.from_pretrained(folder, dtype, device)
+    if args.pad and model.config.image_grid_pinpoints:
+        raise HimapError("--pad: LLaVA-NeXT looks at whole pictures as it is: leave it out")
     if args.pad:
         model.image_processor = replace(model.image_processor, do_pad=True)
     if template is not None:

@@ -45,22 +45,26 @@ def as_json(config: LlavaConfig, answer: Answer, seconds: dict[str, float], vani
     return result
 
 
-def schedule(method: Method, config: LlavaConfig, image: Size | None = None) -> str:
-    """A method in words: "himap: 576 image tokens; from layer 2 on 288, by text_to_image; ...". image: the picture's
-    size, by which the number of its tokens differs in LLaVA-NeXT. Raises HimapError if a stage is to keep more."""
-    left, parts = method.num_image_tokens(config, image), []
-    before = f", made of the picture's {config.num_image_tokens}" if method.reducer else ""
+def schedule(method: Method, config: LlavaConfig, images: Sequence[Size] = ()) -> str:
+    """A method in words: "himap: 576 image tokens; from layer 2 on 288, by text_to_image; ...". images: the pictures'
+    sizes, by which the number of tokens differs in LLaVA-NeXT. Raises HimapError if a stage is to keep more."""
+    entering = sum(method.num_image_tokens(config, image) for image in images) or method.num_image_tokens(config)
+    left, parts = entering, list[str]()
+    whole = config.num_image_tokens * max(1, len(images))
+    whose = "pictures'" if len(images) > 1 else "picture's"
+    before = f", made of the {whose} {whole}" if method.reducer else ""
     for stage in method.stages:
         left = stage.count(left)
         parts.append(f"; from layer {stage.layer} on {left}" + (f", by {stage.name}" if stage.score else ""))
-    whole = "" if parts or method.reducer else ", all of them in every layer"
-    return f"{method.name}: {method.num_image_tokens(config, image)} image tokens{before}{whole}{''.join(parts)}"
+    everywhere = "" if parts or method.reducer else ", all of them in every layer"
+    return f"{method.name}: {entering} image tokens{before}{everywhere}{''.join(parts)}"
 
 
 def summary(result: dict) -> str:
     """Three lines for a stranger: tokens, work, time."""
     f, s, span = result["flops"], result["seconds"], result["image_span"]
-    counts = [f"{span[1] - span[0]}" if span else "no", *(str(len(stage["kept"])) for stage in result["stages"])]
+    entering = str(sum(span[1::2]) - sum(span[::2])) if span else "no"
+    counts = [entering, *(str(len(stage["kept"])) for stage in result["stages"])]
     return "\n".join((
         f"tokens    prompt {result['prompt_tokens']}, of them image tokens {' -> '.join(counts)}; "
         f"answer {len(result['token_ids'])}",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cache import causal_mask
 from ..pruning import LayerView, Score, image_to_image, text_to_image
 
 
@@ -36,9 +37,9 @@ def image_to_image_relative(view: LayerView) -> Tensor:
 
     The same for every v where attention is flat.
     """
-    attention, cached = view.attention(view.image), view.k.shape[1] - view.q.shape[1]
-    keys = cached + torch.arange(view.image.start + 1, view.image.stop + 1, device=attention.device)
-    scores = (attention * keys[:, None]).sum(dim=1)
+    attention = view.attention(view.image)
+    keys = causal_mask(view.positions[:, view.image], view.key_positions)[:, 0].sum(dim=2, keepdim=True)  # (B, N, 1)
+    scores = (attention * keys).sum(dim=1)
     return scores / torch.arange(scores.shape[1], 0, -1, device=scores.device)
 
 

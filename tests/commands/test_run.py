@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 from PIL import Image
+from toys import noise, write_small_model
 
 from himap_ref.commands.ask import EXAMPLE
 
@@ -79,6 +80,31 @@ def test_what_is_left_out(run, given):
     said = "What number is written?" if "--prompt" in given else QUESTION
     assert f"question  {said}" in err and "picture   " in err and "example.png" in err and "weights   " in err
     assert "method    himap: 144 image tokens; from layer 1 on 72, by text_to_image; from layer 11 on 18, by " in err
+
+
+def test_several_pictures(run, tmp_path):
+    """The last picture asked about alone, or tokens counted of one of them."""
+    noise(90, 90).save(tmp_path / "other.png")
+    asked = ("--image", PICTURE, tmp_path / "other.png", "--prompt", "What color is the star?", "--max-new-tokens", 2)
+    status, out, err = run(*asked, "--json")
+    data = json.loads(out)
+    assert (status, data["image_span"]) == (0, [11, 155, 156, 300]) and data["prompt_tokens"] == 309
+    assert "example.png, " in err and "other.png\nmethod    himap: 288 image tokens; from layer 1 on 144" in err
+    assert "of them image tokens 288 -> 144 -> 36;" in err and "note: several pictures: this small" in err
+    alone = json.loads(run("--image", PICTURE, "--json", "--max-new-tokens", 2)[1])
+    assert data["flops"]["vision"] == 2 * alone["flops"]["vision"]
+    err = run(*asked, "--method", "cls:20")[2]
+    assert "method    cls:20: 40 image tokens, made of the pictures' 288" in err
+
+
+def test_next(run, tmp_path):
+    """LLaVA-NeXT's tokens told by the largest picture, not by the one that is asked about."""
+    write_small_model(tmp_path / "m", pinpoints=((28, 56), (56, 28), (56, 56)))
+    noise(20, 40).save(tmp_path / "tall.png")
+    words = ("--weights", tmp_path / "m", "--image", tmp_path / "tall.png", "--prompt", "Why?", "--max-new-tokens", 2)
+    status, _, err = run(*words, "--trace", "--compare", "--method", "none")
+    assert status == 0 and "method    none: 16 image tokens, all of them in every layer" in err  # 4 + 4 x (2 + 1)
+    assert "of them image tokens 16 -> 8 -> 1;" in run(*words)[2]
 
 
 def test_chat(run, monkeypatch):

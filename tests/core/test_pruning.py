@@ -20,6 +20,11 @@ def brute_score(A, rows, columns):
     return {v: sum(A[i, v].item() for i in rows) for v in columns}
 
 
+def image_tokens(span):
+    """Positions in (start, stop), of several pictures (start, stop, start, stop, ...)."""
+    return [i for start, stop in zip(span[::2], span[1::2], strict=True) for i in range(start, stop)]
+
+
 def slow_decoder(decoder, x, span, stages=(), prompt=None, masks=None, bump=None):
     """One prompt (n, d), fp64. From layer K on, the image tokens that lost are masked as keys; every row is computed.
 
@@ -44,12 +49,12 @@ def slow_decoder(decoder, x, span, stages=(), prompt=None, masks=None, bump=None
     def linear(x, name):
         return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
 
-    visible, alive = torch.ones(n, n).tril().bool(), list(range(*span))
+    visible, alive = torch.ones(n, n).tril().bool(), image_tokens(span)
     kept, scores, attention = [], [], []
     for i in range(config.num_hidden_layers):
         for stage in stages:
             if stage.layer == i:
-                rows = {text_to_image: range(span[1], prompt or n), image_to_image: alive, None: ()}[stage.score]
+                rows = {text_to_image: range(span[-1], prompt or n), image_to_image: alive, None: ()}[stage.score]
                 score = brute_score(attention[-1].mean(0), rows, alive)
                 winners = sorted(sorted(alive, key=lambda v: (-score[v], v))[: stage.keep])
                 visible[:, [v for v in alive if v not in winners]] = False

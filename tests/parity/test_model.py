@@ -12,7 +12,9 @@ from himap_ref import Llava
 from himap_ref.checkpoint.config import read_config
 from himap_ref.model import find_image_span
 from himap_ref.projector import Projector
+from himap_ref.prompt import TEMPLATES
 
+from .chat_templates import PARTS
 from .tiny import edit_config, make_model, make_processor, save
 
 transformers = pytest.importorskip("transformers")
@@ -183,6 +185,29 @@ def test_batch(plain):
     answers = ours.generate(images, [QUESTION] * 2, max_new_tokens=TOKENS)
     assert [answer.token_ids for answer in answers] == answers_of(model, ask(processor, ours, *images))
     assert answers[0].token_ids != answers[1].token_ids
+
+
+@torch.inference_mode()
+def test_several_pictures(plain):
+    """Two pictures of one question answered as two questions, or placed otherwise than by llava-hf's chat template."""
+    model, processor, ours = plain
+    images, jinja = [noise(50, 40), noise(28, 28, seed=1)], PARTS["llava-hf"]
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    text = processor.apply_chat_template(said, jinja, add_generation_prompt=True)
+    assert text.startswith("USER: <image>\n<image>\nWhat")
+    batch = processor(images=images, text=text, return_tensors="pt")
+    tokens = model.generate(**batch, max_new_tokens=20, do_sample=False)[0, batch.input_ids.shape[1] :].tolist()
+    usual = ours.template
+    try:
+        ours.template = TEMPLATES["llava-hf"]
+        answer, both = (ours.generate(pictures, question, max_new_tokens=20)
+                        for pictures, question in ((images, QUESTION), ([images, images[::-1]], [QUESTION] * 2)))
+    finally:
+        ours.template = usual
+    assert answer.prompt_ids == batch.input_ids[0].tolist() and len(answer.image_span) == 4
+    assert answer.token_ids == tokens == both[0].token_ids != both[1].token_ids
+    expected = model(**batch).logits[:, -1]
+    torch.testing.assert_close(ours(batch.input_ids, batch.pixel_values).logits, expected, atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()

@@ -154,3 +154,25 @@ def test_default_pinpoints(tmp_path):
     ours = read_config({"model_type": "llava_next", "image_grid_pinpoints": None})
     assert [list(size) for size in ours.image_grid_pinpoints] == config.image_grid_pinpoints
     assert transformers.LlavaNextImageProcessorPil().image_grid_pinpoints == config.image_grid_pinpoints
+
+
+# ---------------------------------------------------------------- several pictures in one prompt
+
+
+@torch.inference_mode()
+def test_several_pictures(pair):
+    """Pictures exchanged, the tokens of one cut where the other's end, a line break too many between them."""
+    model, processor, ours = pair
+    images = [noise(200, 70), noise(56, 56, seed=1), noise(20, 28, seed=2)]
+    text = ours.template.replace("{question}", QUESTION).replace("<image>", "<image>\n<image>\n<image>")
+    batch = processor(images=images, text=text, return_tensors="pt")
+    tokens = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch.input_ids.shape[1] :].tolist()
+    answer = ours.generate(images, QUESTION, max_new_tokens=12)
+    assert answer.prompt_ids == batch.input_ids[0].tolist() and len(answer.image_span) == 6
+    assert answer.token_ids == tokens and len(set(tokens)) >= 4
+    pixels, sizes = torch.cat([*map(ours.preprocess, images)]), batch.image_sizes.tolist()
+    expected = model(**batch).logits
+    out = ours(batch.input_ids, pixels, all_rows=True, image_sizes=sizes)
+    torch.testing.assert_close(ours.language_model.logits(out.hidden), expected, atol=1e-4, rtol=0)
+    exchanged = ours.generate([images[1], images[0], images[2]], QUESTION)
+    assert (exchanged.first_logits - answer.first_logits).abs().max() > 1e-3

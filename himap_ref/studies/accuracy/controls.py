@@ -57,7 +57,7 @@ def for_questions(stages: Sequence[Stage], examples: Sequence[Example]) -> tuple
 
 
 @contextmanager
-def renumbered(decoder: LlamaDecoder, image_span: tuple[int, int], how: str) -> Iterator[None]:
+def renumbered(decoder: LlamaDecoder, image_span: tuple[int, ...], how: str) -> Iterator[None]:
     """Within it, each layer numbers the tokens that are left anew: keys are rotated, and later tokens go on, by these.
 
     packed: one after the other, without gaps; stretched: the image tokens evenly over the span of the whole picture;
