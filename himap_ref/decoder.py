@@ -165,8 +165,7 @@ class LlamaDecoder(nn.Module):
             if going is not None:  # the others stop here; their keys and values stay in this layer's cache
                 x, q, positions, cos, sin = (take(t, going) for t in (x, q, positions, cos, sin))
 
-            in_order = x.shape[1] == seen.k.shape[1] and order is None
-            mask = None if in_order else causal_mask(positions, seen.positions)
+            mask = None if order is None and x.shape[1] == seen.k.shape[1] else causal_mask(positions, seen.positions)
             x = x + layer.self_attn.attend(q, seen.k, seen.v, mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             layer_traces.append(LayerTrace(entered, ranking, x.shape[1], seen.k.shape[1]))
@@ -177,9 +176,7 @@ class LlamaDecoder(nn.Module):
         hidden = hidden if order is None else take(hidden, positions.argsort(dim=1))
         return DecoderOutput(logits, hidden, Trace(stage_traces, layer_traces, padding), out_cache)
 
-    def _check(
-        self, x: Tensor, positions: Tensor, span: tuple[int, ...] | None, stages: dict, cache: Sequence | None
-    ) -> tuple[slice, Tensor | None]:
+    def _check(self, x: Tensor, positions: Tensor, span: tuple | None, stages: dict, cache: Sequence | None) -> tuple:
         """The rows of the image tokens, and the order of all rows that makes one block of them, None if they are one:
         what stands between pictures goes before it. Raises HimapError for what does not fit."""
         (B, n), context = x.shape[:2], self.config.max_position_embeddings
@@ -190,7 +187,7 @@ class LlamaDecoder(nn.Module):
             raise HimapError("positions must ascend, from 0 or behind those in the cache, with all padding at the end")
         if (length := 1 + int(positions.masked_fill(~real, 0).max())) > context:
             raise HimapError(f"the prompt has {length} tokens, the model's context {context}: shorten the prompt")
-        if span is None:
+        if not span:
             if stages:
                 raise HimapError("stages prune image tokens, but the prompt has no image: pass image_span or no stages")
             return slice(n, n), None

@@ -48,16 +48,13 @@ class LlavaModel(nn.Module):
 
     def embed(self, ids: Sequence[int], image_embeds: Tensor | None) -> Tensor:
         """One prompt's n ids and (N, d) image tokens -> (n, d). Raises HimapError if it has not N places for them."""
-        every, N = torch.tensor(ids, dtype=torch.long), 0 if image_embeds is None else len(image_embeds)
-        is_image = every == self.config.image_token_index
+        tokens, N = torch.tensor(ids, dtype=torch.long), 0 if image_embeds is None else len(image_embeds)
+        is_image = tokens == self.config.image_token_index  # which is never looked up
         if (places := int(is_image.sum())) != N:
             raise HimapError(f"the prompt has {places} image tokens, the picture {N}")
-        device = self.language_model.norm.weight.device
-        words = self.language_model.embed_tokens(every[~is_image].to(device))  # the image token is never looked up
-        if image_embeds is None:
-            return words
+        words = self.language_model.embed_tokens(tokens[~is_image].to(self.language_model.norm.weight.device))
         x = words.new_empty(len(ids), words.shape[1])
-        x[~is_image], x[is_image] = words, image_embeds
+        x[~is_image], x[is_image] = words, words[:0] if image_embeds is None else image_embeds
         return x
 
     def forward(

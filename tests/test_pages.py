@@ -30,7 +30,7 @@ def test_reading_path():
     """A reading path that is longer than it is said to be, or too long to be read; a room that the map leaves out."""
     path = [f for f in (ROOT / "himap_ref").glob("[!_]*.py") if f.name not in BESIDE]
     lines = {f.name: lines_of(f) for f in path}
-    assert sum(lines.values()) <= 950 and max(lines.values()) <= 220
+    assert sum(lines.values()) <= 970 and max(lines.values()) <= 220
     assert f"eleven files, {sum(lines.values())} lines" in README and len(lines) == 11
     assert sum(lines_of(ROOT / "himap_ref" / name) for name in BESIDE) <= 290
     assert lines_of(ROOT / "himap_ref/checkpoint") <= 530 and len(README.splitlines()) <= 200
