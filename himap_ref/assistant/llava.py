@@ -214,7 +214,7 @@ class Llava(LlavaModel):
     def _look(self, pictures: Sequence[Sequence[Picture]], reducer: ImageReducer | None) -> list[Seen]:
         """All pictures of all prompts through the encoder at once."""
         if reducer:
-            check_grid(self.config)
+            check_grid(self.config, "a reducer", "take stages")
         loaded = [[load_image(picture) for picture in each] for each in pictures]
         sizes = [[(picture.height, picture.width) for picture in each] for each in loaded]
         whole = [[num_image_tokens(size, self.config) for size in each] for each in sizes]

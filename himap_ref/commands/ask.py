@@ -23,6 +23,7 @@ from PIL import Image
 from ..assistant import Answer, Llava
 from ..assistant.picture import load_image
 from ..errors import HimapError
+from ..methods.reducers import check_grid
 from ..methods.schedules import Method, parse_method, parse_stages
 from ..sampling import Sampling
 from . import report
@@ -32,7 +33,7 @@ from .html_report import draw_report
 from .known import note_on
 from .manners import run_command, tell
 from .options import EMBEDDED, add_model_arguments, is_embedded, load_model, note_roles, revision_of
-from .picture import check_grid_to_draw, draw_kept
+from .picture import DRAWN, draw_kept
 
 EXAMPLE = (EMBEDDED / "example.png", "What color is the star?")
 ROUNDS = 5  # of --compare, after one that is not counted
@@ -143,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
     model, folder = load_model(args)
     loading = {"load": time.perf_counter() - start}
     if args.show or args.report:
-        check_grid_to_draw(model.config)
+        check_grid(model.config, *DRAWN)
     method = find_method(args, model)
     tell_of_input(args, model, method, images, names, prompt)
     generate: Callable[..., Any] = partial(  # one answer to one question

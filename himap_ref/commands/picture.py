@@ -12,14 +12,14 @@ from itertools import takewhile
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from ..assistant import Answer, Llava
-from ..config import LlavaConfig
 from ..errors import HimapError
-from ..methods.reducers import ImageReducer
+from ..methods.reducers import ImageReducer, check_grid
 from .report import amount
 
 PANEL, GAP = 432, 12  # pixels: a panel's side, about (36 to each of 12 x 12 patches, 18 of 24 x 24); between panels
 INK, DIM, EDGE = "#1b1b1f", "#63636e", "#00c8ff"
 INFERNO = ("#000004", "#420a68", "#932667", "#dd513a", "#fca50a", "#fcffa4")  # matplotlib's, in steps of a fifth
+DRAWN = "pictures and pages of what was kept", "--json and --trace tell it"
 FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc")
 
 
@@ -54,12 +54,6 @@ class ImageTokens:
         return [self.all, *(choice.kept for choice in self.choices if choice.layer <= layer)][-1]
 
 
-def check_grid_to_draw(config: LlavaConfig) -> None:
-    """Raises HimapError for LLaVA-NeXT."""
-    if config.image_grid_pinpoints:
-        raise HimapError("patches are drawn on one grid, and LLaVA-NeXT has tiles beside it: --json has what was kept")
-
-
 def look(model: Llava, image: Image.Image) -> Image.Image:
     """What the encoder looks at: no pixels beyond the last whole patch."""
     vision = model.config.vision_config
@@ -71,7 +65,7 @@ def follow(model: Llava, image: Image.Image, answer: Answer, reducer: ImageReduc
     """What became of the picture's tokens; the reducer is asked once more what it chose. Raises HimapError."""
     if answer.image_span is None:
         raise HimapError("the answer is to text only: there are no patches to draw")
-    check_grid_to_draw(model.config)
+    check_grid(model.config, *DRAWN)
     before = reducer.chosen(model, model.preprocess(image)) if reducer else None
     N = reducer.num_image_tokens(model.config) if reducer and not before else model.config.num_image_tokens
     side = math.isqrt(N)

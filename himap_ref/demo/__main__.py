@@ -9,8 +9,9 @@ import warnings
 
 from ..commands.manners import run_command
 from ..commands.options import EMBEDDED, add_model_arguments, is_embedded, load_model
-from ..commands.picture import check_grid_to_draw
+from ..commands.picture import DRAWN
 from ..errors import HimapError
+from ..methods.reducers import check_grid
 
 LOCAL = ("127.0.0.1", "localhost")
 
@@ -40,7 +41,7 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", message="Image size")  # Pillow, at half of its limit
     model, _ = load_model(args)
-    check_grid_to_draw(model.config)
+    check_grid(model.config, *DRAWN)
     example = (EMBEDDED / "example.png", "What color is the star?") if is_embedded(args.weights) else None
     # Without this a web page could name its own host 127.0.0.1 (DNS rebinding) and talk to this one.
     hosts = [*LOCAL] if args.host in LOCAL else ["*"]

@@ -39,10 +39,10 @@ class ImageReducer(Protocol):
         """
 
 
-def check_grid(config: LlavaConfig) -> None:
-    """Raises HimapError for LLaVA-NeXT."""
+def check_grid(config: LlavaConfig, what: str, instead: str) -> None:
+    """Raises HimapError for LLaVA-NeXT, with what it is that needs one grid of patches."""
     if config.image_grid_pinpoints:
-        raise HimapError("methods before the decoder need one grid of patches; LLaVA-NeXT has tiles: take stages")
+        raise HimapError(f"{what}: of LLaVA-1.5's one grid of patches only; LLaVA-NeXT has tiles beside it: {instead}")
 
 
 def check_patches(config: LlavaConfig, method: str) -> int:

@@ -53,7 +53,7 @@ class Method:
     def num_image_tokens(self, config: LlavaConfig, image: Size | None = None) -> int:
         """Those of a picture that enter the decoder; without its size the most that a picture has (LLaVA-NeXT)."""
         if self.reducer:
-            check_grid(config)
+            check_grid(config, f"method {self.name!r}", "take stages")
             return self.reducer.num_image_tokens(config)
         return num_image_tokens(image, config) if image else most_image_tokens(config)
 

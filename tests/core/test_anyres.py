@@ -133,7 +133,7 @@ def test_batch(model):
 def test_refused(model):
     """Methods that take tiles for one grid; looks and sizes that are not of one picture."""
     for name in ("cls:4", "pool:2", "divprune:4", "visionzip:4", "down:2"):
-        with pytest.raises(HimapError, match="LLaVA-NeXT has tiles: take stages"):
+        with pytest.raises(HimapError, match="LLaVA-NeXT has tiles beside it: take stages"):
             parse_method(name, model)
     assert parse_method("2:80:text_to_image", model).tokens_per_layer(model.config) == [88, 88, 80, 80]
     with pytest.raises(HimapError, match="keep 80 image tokens, only 52 enter"):

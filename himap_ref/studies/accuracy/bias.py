@@ -26,6 +26,7 @@ from ...commands.files import write_text
 from ...commands.manners import run_command
 from ...commands.report import markdown
 from ...errors import HimapError
+from ...methods.reducers import check_grid
 from ...methods.schedules import Method, parse_method
 from ..common.plots import check_picture, figure
 from .entries import Entry
@@ -121,6 +122,7 @@ def main() -> None:
     if not comma:
         raise HimapError(f"--schedule {args.schedule!r}: expected K1:KEEP1,K2:KEEP2, such as 2:0.5,8:0.25")
     evaluation = Evaluation.from_args(args, needs_picture=True)
+    check_grid(evaluation.model.config, "bias", "take a LLaVA-1.5")
     if evaluation.metric.score is None:
         raise HimapError(f"--metric {args.metric} judges all answers at once: choose one that judges each")
     texts = {label: f"{first}:text_to_image,{second}:{score}" for label, score in SECOND.items()}

@@ -34,6 +34,7 @@ from ...commands.files import write_text
 from ...commands.manners import run_command
 from ...commands.report import markdown
 from ...errors import HimapError
+from ...methods.reducers import check_grid
 from ...methods.schedules import parse_method
 from ..common.plots import COLORS, check_picture, figure, label_ends
 from ..questions.examples import Example
@@ -309,6 +310,7 @@ def main() -> None:
     if args.plot:
         check_picture(args.plot)
     evaluation = Evaluation.from_args(args)
+    check_grid(evaluation.model.config, "sweep", "take a LLaVA-1.5, or evaluate, method by method")
     if evaluation.metric.score is None:
         raise HimapError(f"--metric {args.metric} judges all answers at once: a sweep needs one that judges each")
     if args.plot and not any(example.answers for example in evaluation.examples):

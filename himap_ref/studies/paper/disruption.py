@@ -43,6 +43,7 @@ from ...commands.options import add_model_arguments
 from ...decoder import LlamaDecoder
 from ...errors import HimapError
 from ...generation import Generated, generate
+from ...methods.reducers import check_grid
 from ...model import find_image_span
 from ..accuracy.metrics import wilson
 from ..common.asking import record_each
@@ -302,6 +303,7 @@ def main() -> None:
         check_picture(args.plot)
     examples, data = load_examples(args, needs_picture=True)
     model, weights = load_recorded(args)
+    check_grid(model.config, "disruption", "take a LLaVA-1.5")
     blocks = blocks_of(args, model.config.text_config.num_hidden_layers)
     own = {name: getattr(args, name) for name in ("kinds", "readings", "layers", "keep_diagonal", "seed")}
     settings = {**weights, **data, **own, "max_new_tokens": args.max_new_tokens}

@@ -48,6 +48,7 @@ from ...commands.options import add_model_arguments
 from ...commands.picture import enlarge, heat_panel, look, sheet
 from ...decoder import DecoderLayer, LlamaDecoder, rope
 from ...errors import HimapError
+from ...methods.reducers import check_grid
 from ...model import find_image_span
 from ...prompt import encode_prompt
 from ...pruning import attention_map
@@ -368,6 +369,7 @@ def main() -> None:
         check_writable(args.show)
     examples, asked = load_examples(args, needs_picture=True)
     model, settings = load_recorded(args)
+    check_grid(model.config, "flow", "take a LLaVA-1.5")
     settings = {**settings, **asked, "label": args.label}
     with Records(results_path(args.out, "flow", settings), settings) as records:
         rows = record_each(examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")
