@@ -7,14 +7,18 @@ import torch
 from test_flops import counted
 from test_pruning import SCHEDULES, image_tokens, slow_decoder
 from torch.testing import assert_close
+from toys import noise
 
 from himap_ref import HimapError, Stage, image_to_image, text_to_image
 from himap_ref.cache import LayerCache
-from himap_ref.flops import pass_flops
+from himap_ref.flops import pass_flops, vision_flops
 from himap_ref.generation import generate
 from himap_ref.methods.plan import plan_prefill
+from himap_ref.methods.reducers import ClsAttention
 from himap_ref.methods.scores import SCORES, image_to_image_relative
 from himap_ref.pruning import LayerView
+from himap_ref.studies.questions.drawing import draw
+from himap_ref.studies.questions.scenes import UNSEEN, make_scene
 
 SPANS = {  # of 20 tokens
     "two": (3, 9, 11, 18), "no word before": (0, 5, 6, 12), "three": (2, 4, 5, 6, 9, 17), "far apart": (1, 6, 13, 18),
@@ -97,3 +101,60 @@ def test_relative_score_of_flat_attention():
     positions = torch.tensor([[0, 5, 6, 1, 2, 3, 4, 7, 8, 9, 10, 11]])  # pictures at 1 to 4 and at 7 to 9
     view = LayerView(q, LayerCache(k, k, positions), hidden, positions, slice(3, 10))
     assert_close(image_to_image_relative(view), torch.ones(1, 7))
+
+
+# ---------------------------------------------------------------- pictures and words
+
+
+QUESTION = "What color is the star?"
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [draw(make_scene(UNSEEN + 3861)), noise(90, 120)]
+
+
+def test_asked_together(shapes, pictures):
+    """A batch whose prompts share their pictures, exchange them or count one's FLOPs for all."""
+    exchanged = pictures[::-1]
+    both = shapes.generate([pictures, tuple(exchanged)], [QUESTION, "Where is the star?"], "himap", max_new_tokens=3)
+    alone = [shapes.generate(pictures, QUESTION, "himap", 3),
+             shapes.generate(exchanged, "Where is the star?", "himap", 3)]  # fmt: skip
+    for one, other in zip(both, alone, strict=True):
+        assert one.token_ids == other.token_ids and one.flops == other.flops and one.image_span == (11, 155, 156, 300)
+        assert [s.kept.tolist() for s in one.trace.stages] == [s.kept.tolist() for s in other.trace.stages]
+        assert [len(stage.kept) for stage in one.trace.stages] == [216, 54] and max(one.trace.stages[0].kept) > 143
+    assert alone[0].prompt_ids != alone[1].prompt_ids and not torch.equal(alone[0].first_logits, alone[1].first_logits)
+    flops, _ = counted(lambda: shapes.generate(pictures, QUESTION, "himap", 3))
+    assert flops == alone[0].flops.total and alone[0].flops.vision == 2 * vision_flops(shapes.config)
+    single = shapes.generate([pictures[0]], QUESTION, "himap", 3)
+    assert single.flops == shapes.generate(pictures[0], QUESTION, "himap", 3).flops  # a list of one is one
+
+
+def test_prefix_turns_and_reducers(shapes, pictures):
+    """A cached beginning that loses its place before several pictures; a second turn that begins behind the first one;
+    an unpruned run of one picture held against two."""
+    first = shapes.generate(pictures, QUESTION, "himap", 3)
+    assert shapes.generate(pictures, QUESTION, "himap", 3, past=shapes.prefix()).token_ids == first.token_ids
+    plain = shapes.generate(pictures, QUESTION, max_new_tokens=3)
+    second = shapes.generate(None, "Where is it?", past=plain.past, max_new_tokens=2)
+    pixels = torch.cat([shapes.preprocess(picture) for picture in pictures])
+    whole = shapes(torch.tensor([second.prompt_ids]), pixels)
+    assert second.image_span == plain.image_span and len(plain.image_span) == 4
+    assert_close(second.first_logits[None], whole.logits, atol=1e-4, rtol=0)
+    reduced = shapes.generate(pictures, QUESTION, reducer=ClsAttention(20), max_new_tokens=3)
+    assert reduced.image_span == (11, 31, 32, 52) and reduced.flops.vanilla == plain.flops.vanilla
+    assert reduced.flops.vision == 2 * ClsAttention(20).flops(shapes.config)[0]
+
+
+def test_refused_lists(shapes, pictures):
+    """Two pictures of one question taken for a batch, or one question's for another's."""
+    for images, asked in (
+        (pictures, [QUESTION]), ([pictures, None], [QUESTION] * 2), ([pictures, []], [QUESTION] * 2), ([], [QUESTION]),
+    ):  # fmt: skip
+        with pytest.raises(HimapError, match=f"a batch of {len(asked)} questions needs as many pictures, or None"):
+            shapes.generate(images, asked)
+    with pytest.raises(HimapError, match="equally many image tokens, not 144 and 288: ask one by one"):
+        shapes.generate([pictures, pictures[:1]], [QUESTION] * 2)
+    with pytest.raises(HimapError, match="NoneType: cannot be read as a picture"):
+        shapes.generate([pictures[0], None], QUESTION)
