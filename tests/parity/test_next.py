@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,18 @@ import torch
 from safetensors.torch import save_file
 from toys import IMAGE_TOKEN, noise
 
-from himap_ref import Llava
-from himap_ref.anyres import most_image_tokens, num_image_tokens
-from himap_ref.checkpoint.config import read_config
+from himap_ref import Llava, LlavaConfig
+from himap_ref.anyres import best_size, most_image_tokens, num_image_tokens
+from himap_ref.checkpoint.config import PINPOINTS, read_config
+from himap_ref.config import VICUNA_7B, VIT_L_14_336
 
 from .tiny import LAYOUTS, PATCH, edit_config, make_processor, randomised
 
 transformers = pytest.importorskip("transformers")
+select_best_resolution = pytest.importorskip("transformers.image_processing_utils").select_best_resolution
 
 SIDE = 28  # pixels, 4 x 4 patches: a twelfth of the real models'
-PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]  # the real models' by a twelfth
+SMALL = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]  # the real models' by a twelfth
 QUESTION = "What is in the picture?"
 SHAPES = {  # width, height
     "square": (60, 60), "wide": (200, 70), "tall": (61, 150), "tiny": (3, 2), "one pixel": (1, 1),
@@ -47,7 +50,7 @@ def as_on_the_hub(data: dict) -> None:
     data |= {"use_image_newline_parameter": True, "ignore_index": -100, "projector_hidden_act": "gelu"}
 
 
-def build(folder: Path, text: str, layout: str = "as saved", pinpoints: list | None = PINPOINTS):
+def build(folder: Path, text: str, layout: str = "as saved", pinpoints: list | None = SMALL):
     """(transformers' model, its processor, ours from the folder that they wrote)."""
     tokenizer = make_processor().tokenizer
     points = {} if pinpoints is None else {"image_grid_pinpoints": pinpoints}
@@ -126,6 +129,26 @@ def test_shapes_differ(pair):
     """Shapes that all get the same tiles would be one test run many times."""
     assert len({num_image_tokens(size[::-1], pair[2].config) for size in SHAPES.values()}) >= 8
     assert len({len(pair[2].preprocess(noise(*size))) for size in SHAPES.values()}) == 3
+
+
+def test_real_sizes():
+    """Rounding that differs at some size only: the real models' tiles and numbers, for sizes of pictures at random and
+    around those where something changes."""
+    pictures = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    )
+    processor = transformers.LlavaNextProcessor(
+        pictures, make_processor().tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    draw, near = random.Random(0), [1, 2, 27, 167, 168, 169, 335, 336, 337, 671, 672, 673, 1007, 1008, 1009, 4000]
+    sizes = [(height, width) for height in near for width in near]
+    sizes += [(draw.randint(1, most), draw.randint(1, most)) for most in (40, 700, 1100, 5000) for _ in range(1000)]
+    expected = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+    config = LlavaConfig(VIT_L_14_336, VICUNA_7B, image_grid_pinpoints=PINPOINTS)
+    assert [num_image_tokens(size, config) for size in sizes] == expected and len({*expected}) > 100
+    best = [select_best_resolution(size, pictures.image_grid_pinpoints) for size in sizes]
+    assert [best_size(size, PINPOINTS) for size in sizes] == best and len({*best}) == 5
 
 
 @torch.inference_mode()
