@@ -12,7 +12,7 @@ encoder's size. Their patches, laid out as in the picture, are a grid; its rows 
                    .  . | .  .            (a look is 336 pixels and 24 patches a side in the real models)
 
 Sizes are (height, width). Choice, rounding and order are transformers' (source: `LlavaNextImageProcessor`,
-`LlavaNextModel.pack_image_features`): of an odd number of black rows one stays."""
+`LlavaNextModel.pack_image_features`): where an odd number of rows is black, one of them stays."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class StageTrace:
 
     layer: int
     score: str
-    candidates: Tensor = field(repr=False)  # (B, N) image tokens that entered: indices in the whole picture
+    candidates: Tensor = field(repr=False)  # (B, N) image tokens that entered: indices among all of the prompt's
     scores: Tensor = field(repr=False)  # (B, N) one per candidate, fp32
     kept: Tensor = field(repr=False)  # (B, N') those kept: likewise, ascending
     ranking: Tensor = field(repr=False)  # (B,) like `LayerTrace.ranking`, padding left out

@@ -1,5 +1,5 @@
 """Prompt: a question becomes token ids, one of them repeated for every image token.
-Tokenised in one go with one `<image>` in it and expanded afterwards: the ids of transformers' `LlavaProcessor`."""
+Tokenised in one go with one `<image>` for a picture and expanded afterwards: the ids of transformers' processors."""
 
 import re
 from collections.abc import Sequence
