@@ -131,6 +131,17 @@ def test_asked_together(shapes, pictures):
     assert single.flops == shapes.generate(pictures[0], QUESTION, "himap", 3).flops  # a list of one is one
 
 
+def test_embed(shapes):
+    """Image tokens in another order, or words in their places."""
+    image, d = shapes.config.image_token_index, shapes.config.text_config.hidden_size
+    tokens = torch.arange(3.0)[:, None].expand(3, d)
+    x = shapes.embed([1, image, image, 5, image, 7], tokens)
+    assert torch.equal(x[[1, 2, 4]], tokens)
+    assert torch.equal(x[[0, 3, 5]], shapes.language_model.embed_tokens.weight[[1, 5, 7]])
+    with pytest.raises(HimapError, match="the prompt has 2 image tokens, the picture 3"):
+        shapes.embed([1, image, 5, image], tokens)
+
+
 def test_prefix_turns_and_reducers(shapes, pictures):
     """A cached beginning that loses its place before several pictures; a second turn that begins behind the first one;
     an unpruned run of one picture held against two."""
