@@ -88,6 +88,10 @@ def test_looks(model):
     assert whole.getcolors() == [(28 * 28, (255, 0, 0))]
     black = [sum(count for count, color in tile.getcolors() if color == (0, 0, 0)) for tile in tiles]
     assert black == [28 * 7] * 2 and tiles[0].getpixel((0, 0)) == tiles[1].getpixel((0, 27)) == (0, 0, 0)
+    for size, points in (((40, 33), (56, 28)), ((33, 40), (28, 56))):  # 23.1 pixels of the other side are 24
+        processor = AnyresProcessor(28, crop_size=(28, 28), image_grid_pinpoints=(points,))
+        looks = processor.looks(Image.new("RGB", size, "red"))
+        assert [look.convert("L").histogram()[0] for look in looks] == [0, 16 * 28, 16 * 28]
     left, right = Image.new("RGB", (28, 56), "red"), Image.new("RGB", (28, 56), "blue")
     wide = Image.new("RGB", (56, 56))
     wide.paste(left, (0, 0)), wide.paste(right, (28, 0))
