@@ -156,6 +156,9 @@ def test_prefix_turns_and_reducers(shapes, pictures):
     reduced = shapes.generate(pictures, QUESTION, reducer=ClsAttention(20), max_new_tokens=3)
     assert reduced.image_span == (11, 31, 32, 52) and reduced.flops.vanilla == plain.flops.vanilla
     assert reduced.flops.vision == 2 * ClsAttention(20).flops(shapes.config)[0]
+    assert len(reduced.token_ids) == len(plain.token_ids)
+    later = shapes.generate(None, "Where is it?", past=reduced.past, max_new_tokens=2)
+    assert len(later.token_ids) == len(second.token_ids) and later.flops.vanilla == second.flops.vanilla
 
 
 def test_refused_lists(shapes, pictures):
