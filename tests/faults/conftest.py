@@ -27,6 +27,19 @@ def folder(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
+@pytest.fixture(scope="session")
+def whole_next(tmp_path_factory):
+    """The same of a LLaVA-NeXT."""
+    write_small_model(folder := tmp_path_factory.mktemp("weights") / "next", pinpoints=((28, 56), (56, 28), (56, 56)))
+    return folder
+
+
+@pytest.fixture
+def next_folder(whole_next, tmp_path):
+    """A copy to damage."""
+    return Path(shutil.copytree(whole_next, tmp_path / "next"))
+
+
 @pytest.fixture
 def usual(whole):
     """Arguments of a question that works, unless later ones change it."""

@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,11 @@ def narrow(folder, picture):
     return ["--image", folder / "x.pgm", *pad]
 
 
+def several(folder, more):
+    noise(9, 9).save(folder / "p.png")
+    return ["--image", folder / "p.png", folder / "p.png", *more]
+
+
 def own(folder, name):
     """A score of one's own, in the current folder."""
     for module, text in {"own": OWN, "broken": "def f(:", "fails": "{}['x']"}.items():
@@ -218,6 +224,8 @@ WORDS = {  # that stand in braces in the lines below, and may hold {folder} them
     "peft": "PEFT's, with a LoRA adapter: merge it into its model (merge_and_unload, then save_pretrained)",
     "whole_one": "use a folder that holds all, such as llava-hf's",
     "write": "cannot be written (...)",
+    "grid": "of LLaVA-1.5's one grid of patches only; LLaVA-NeXT has tiles beside it",
+    "points": "{folder}: image_grid_pinpoints of the image processor are not those of config.json",
 }
 
 ONES, SHAPES = torch.ones(8, 8), ((8, 7), (4, 8), (4, 16), (64,), (1, 8, 8), ())
@@ -286,6 +294,9 @@ REFUSALS = [
     ("--revision", ["v1"], "revision 'v1': '{whole}' is a folder, which has no other: leave it out"),
     ("--show", ["no/such/x.png", "x.zzz"],
      "--show {}: needs a picture to draw on, and a .png file in a folder that exists"),
+    (several, {what: [f"--{what}", f"x.{kind}"] for what, kind in (("show", "png"), ("report", "html"))},
+     "--{name} x...: draws on one picture, not on 2: leave it out"),
+    (several, [["none"]], "none: cannot be read as a picture (...)"),
     (own, ["nowhere:f"], "score {!r} cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
     (own, [":f"], "score {!r} cannot be imported (ValueError: Empty module name)"),
     (own, [".own:f"], "score {!r} cannot be imported (TypeError: ...)"),
@@ -438,7 +449,8 @@ REFUSALS = [
     ("text_config rms_norm_eps", ["1e-5", float("nan")], "TextConfig.rms_norm_eps {!r}: {float}"),
     ("text_config attention_bias", [1], "TextConfig.attention_bias 1: expected bool"),
     ("text_config hidden_act", ["gelu"], "TextConfig.hidden_act 'gelu': expected Literal['silu']"),
-    ("text_config model_type", ["mistral"], "text_config.model_type {!r} is not supported: expected 'llama'"),
+    ("text_config model_type", ["qwen2"], "text_config.model_type {!r} is not supported: expected 'llama'"),
+    ("text_config model_type", ["mistral"], "sliding_window 4096 is not supported: expected null: ..."),
     *((f"text_config {key}", settings, line.replace("{key}", key))
       for key in ("rope_scaling", "rope_parameters") for settings, line in ROPE),
     ("vision_config patch_size", [0], "VisionConfig.patch_size 0: {size}"),
@@ -453,7 +465,11 @@ REFUSALS = [
      "VisionConfig.hidden_act 'relu': expected Literal['quick_gelu', 'gelu']"),
     ("vision_config model_type", ["siglip_vision_model"],
      "vision_config.model_type {!r} is not supported: expected 'clip_vision_model'"),
-    ("model_type", ["qwen2_vl", "llava_next", ["llava"]],
+    ("model.safetensors image_newline", [torch.zeros(8)],
+     "{file}: tensor 'image_newline' is unexpected: config.json describes no such part"),
+    ("model_type", ["llava_next"],
+     "{folder}: image_processor_type 'CLIPImageProcessor' is not supported: expected LlavaNextImageProcessor"),
+    ("model_type", ["qwen2_vl", ["llava"]],
      "model_type {!r} is not supported: expected 'llava'"),
     ("text_config", ["x"], "text_config 'x': expected a JSON object"),
     ("vision_config", [[]], "vision_config []: expected a JSON object"),
@@ -566,13 +582,43 @@ REFUSALS = [
 ]  # fmt: skip
 
 
+NEXT = [  # the same of a LLaVA-NeXT
+    ("image_grid_pinpoints",
+     {"()": [], "(28, 56)": [28, 56], "((28,), (56, 28))": [[28], [56, 28]], "((0, 28),)": [[0, 28]],
+      "((28, -28),)": [[28, -28]], "((28, 28000000000),)": [[28, 28 * 10**9]], "((28.0, 28),)": [[28.0, 28]],
+      "((True, 28),)": [[True, 28]], "'(1x1),...,(6x6)'": "(1x1),...,(6x6)", "{'28': 56}": {"28": 56}},
+     "LlavaConfig.image_grid_pinpoints {name}: expected tuple[tuple[int, int], ...] | None, 1 to 8192"),
+    ("image_grid_pinpoints", [[[28, 56], [30, 56]]],
+     "image_grid_pinpoints [30, 56]: not in tiles of the encoder's 28 pixels a side"),
+    ("image_grid_pinpoints", [[[28, 28]]], "{points}"),
+    ("preprocessor_config.json image_grid_pinpoints", [[[56, 28], [28, 56]], None], "{points}"),
+    ("preprocessor_config.json size", [{"shortest_edge": 56}], "{folder}: {pixels} 28 pixels a side"),
+    ("preprocessor_config.json image_processor_type", ["CLIPImageProcessor"],
+     "{folder}: image_processor_type {!r} is not supported: expected LlavaNextImageProcessor"),
+    ("model_type", ["llava"],
+     "{folder}: image_processor_type 'LlavaNextImageProcessor' is not supported: expected CLIPImageProcessor"),
+    ("vision_feature_select_strategy", ["full"],
+     "vision_feature_select_strategy 'full': tiles have no class token: expected 'default'"),
+    ("model.safetensors image_newline", [None], "{folder}: tensor 'image_newline' is missing (1 in all): ..."),
+    ("model.safetensors image_newline", {"[9]": torch.zeros(9), "[1, 8]": torch.zeros(1, 8)},
+     "{file}: tensor 'image_newline' has shape {name}, config.json asks for [8]"),
+    ("--show", ["x.png"], "pictures and pages of what was kept: {grid}: --json and --trace tell it"),
+    ("--report", ["x.html"], "pictures and pages of what was kept: {grid}: --json and --trace tell it"),
+    ("--pad", [[]], "--pad: LLaVA-NeXT looks at whole pictures as it is: leave it out"),
+    ("--method", ["cls:2"], "method 'cls:2': {grid}: take stages"),
+    ("--stages", ["1:25:text_to_image"], "stage at layer 1 is to keep 25 image tokens, only 24 enter it"),
+    *((study, [[]], study.split()[0] + ": {grid}: take a LLaVA-1.5...")
+      for study in ("flow", "disruption", "bias", "sweep --quick")),
+]  # fmt: skip
+
+
 def says(message, line):
     """Whether a line is this error, in which `...` stands for anything."""
     return re.fullmatch(re.escape(f"error: {message}").replace(re.escape("..."), ".*"), line)
 
 
-def rows():
-    for what, values, line in REFUSALS:
+def rows(table):
+    for what, values, line in table:
         for name, value in values.items() if isinstance(values, dict) else ((str(value), value) for value in values):
             yield pytest.param(what, name, value, line, id=f"{getattr(what, '__name__', what)} {name!r:.60}")
 
@@ -590,9 +636,13 @@ def arrange(what, value, folder, whole):
     return ["--image", path] if path.suffix == ".png" else ["--weights", folder]
 
 
-@pytest.mark.parametrize("what, name, value, line", [*rows()])
-def test_refused(ask, study, whole, folder, monkeypatch, what, name, value, line):
-    """A fault that goes through, or is told by a traceback, by a library, or as another one; a file left behind."""
+@pytest.fixture
+def refused(ask, study, monkeypatch):
+    """A row, whole weights and a copy to damage: asserts what stands above."""
+    return partial(check, ask, study, monkeypatch)
+
+
+def check(ask, study, monkeypatch, whole, folder, what, name, value, line):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.chdir(folder.parent)
     Path("junk").write_bytes(b"junk")
@@ -600,7 +650,7 @@ def test_refused(ask, study, whole, folder, monkeypatch, what, name, value, line
     words, before = arrange(what, value, folder, whole), sorted(folder.parent.rglob("*"))
     if what is questions:
         words += ["--weights", whole, "--out", whole.parent / "answers"]
-    status, out, err = study(every_study, *words) if words[0] in STUDIES else ask(*words)
+    status, out, err = study(every_study, *words) if words[0] in STUDIES else ask("--weights", whole, *words)
     entry = "{} {!r}".format(*next(iter(value.items()))) if isinstance(value, dict) and value else ""
     told = {word: text.format(folder=folder) for word, text in WORDS.items()}
     told |= {"folder": folder, "whole": whole, "name": name, "entry": entry, "ours": rename(str(value))}
@@ -609,6 +659,18 @@ def test_refused(ask, study, whole, folder, monkeypatch, what, name, value, line
     assert (status, out.strip()) == (2, "") and "Traceback" not in err
     assert what is questions or not others  # those of questions come after a progress bar
     assert sorted(folder.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("what, name, value, line", [*rows(REFUSALS)])
+def test_refused(refused, whole, folder, what, name, value, line):
+    """A fault that goes through, or is told by a traceback, by a library, or as another one; a file left behind."""
+    refused(whole, folder, what, name, value, line)
+
+
+@pytest.mark.parametrize("what, name, value, line", [*rows(NEXT)])
+def test_refused_of_next(refused, next_folder, what, name, value, line):
+    """Settings of tiles that do not fit the encoder or each other; what is of one grid, done with tiles."""
+    refused(next_folder, next_folder, what, name, value, line)
 
 
 def test_the_usual_question_works(ask):
