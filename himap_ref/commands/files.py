@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import HimapError
+from . import ranks
 
 
 def check_writable(path: Path, kinds: Collection[str] = ("png",)) -> None:
@@ -16,15 +17,18 @@ def check_writable(path: Path, kinds: Collection[str] = ("png",)) -> None:
     if path.suffix[1:].lower() not in kinds:
         kind = "png" if "png" in kinds else min(kinds)
         raise HimapError(f"{path}: this kind of file cannot be written: end its name in .{kind}")
-    _write_beside(path, lambda new: new.touch()).unlink()
+    if ranks.rank() == 0:
+        _write_beside(path, lambda new: new.touch()).unlink()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """`write` gets a name beside `path` and the file is renamed: after a full disk or a kill it is the old one or new.
 
-    A link is replaced, not followed: it may have come with somebody's archive. Raises HimapError.
+    A link is replaced, not followed: it may have come with somebody's archive. Of several processes the first writes.
+    Raises HimapError.
     """
-    _write_beside(path, write).replace(path)
+    if ranks.rank() == 0:
+        _write_beside(path, write).replace(path)
 
 
 def write_text(path: Path, text: str) -> None:

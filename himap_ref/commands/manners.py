@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import HimapError
+from . import ranks
 
 
 def tell(*lines: str) -> None:
@@ -16,8 +17,10 @@ def tell(*lines: str) -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
 
 
-def told(error: Exception) -> str | None:
+def told(error: BaseException) -> str | None:
     """What the user is told of it; None for a bug of ours."""
+    if ranks.is_lost(error):
+        return ranks.LOST
     if isinstance(error, HimapError | OSError):
         return str(error)
     signs = ("MemoryError", "out of memory", "can't allocate memory")
@@ -28,7 +31,8 @@ def told(error: Exception) -> str | None:
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command-line tool: bad input, a full disk or memory end it with one line and status 2, Ctrl-C with 130,
-    a reader that has gone away without a word and with 141."""
+    a reader that has gone away without a word and with 141. Of torchrun's processes the first prints, and one error is
+    told once."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us: what is printed must not end up in the other one
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
@@ -36,7 +40,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of an answer
     try:
         try:
-            main()
+            with ranks.joined():
+                main()
         finally:  # after --help, too: Python's own flush on its way out is a traceback where it fails
             sys.stdout.flush()
         return
@@ -45,7 +50,7 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `| head` has read enough: what the shell says of any program that this ends
         sys.stdout = sys.stderr = None
         sys.exit(141)
-    except Exception as error:
+    except (Exception, ranks.Ended) as error:
         if (reason := told(error)) is None:
             raise
     try:

@@ -16,6 +16,7 @@ from ..assistant.device import find_device
 from ..checkpoint.files import find_folder
 from ..errors import HimapError
 from ..prompt import TEMPLATES, split
+from . import ranks
 from .manners import tell
 
 # In a clone beside the package, in a wheel within it (see pyproject.toml).
@@ -51,7 +52,7 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, Path]:
     if template is not None:
         split(template)
     dtype = getattr(torch, args.dtype or ("float32" if is_embedded(args.weights) else "bfloat16"))
-    device = find_device(args.device, dtype)  # as `split`: before gigabytes are downloaded
+    device = find_device(ranks.own_device(args.device), dtype)  # as `split`: before gigabytes are downloaded
     folder = find_folder(args.weights, args.revision)
     model = Llava.from_pretrained(folder, dtype, device)
     if args.pad and model.config.image_grid_pinpoints:

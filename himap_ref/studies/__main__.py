@@ -7,10 +7,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from ..commands import ranks
 from ..commands.manners import run_command
 from ..errors import HimapError
 
 ROOMS = ("accuracy", "paper", "speed", "questions", "weights")
+ALONE = ("speed", "questions", "weights")  # whose studies share nothing out
 
 
 def studies() -> dict[str, Path]:
@@ -35,6 +37,8 @@ def main() -> None:
     name = sys.argv.pop(1)
     if name not in found:
         raise HimapError(f"study {name!r} is unknown: expected {', '.join(found)}")
+    if found[name].parent.name in ALONE and ranks.size() > 1:
+        raise HimapError(f"{name} runs in one process: start it without torchrun")
     sys.argv[0] = f"python -m himap_ref.studies {name}"
     import_module(f"{__package__}.{found[name].parent.name}.{name}").main()
 

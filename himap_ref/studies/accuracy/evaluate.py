@@ -2,11 +2,13 @@
 
     python -m himap_ref.studies evaluate --method himap
     python -m himap_ref.studies evaluate --weights llava-1.5-7b --questions FILE --image-folder DIR --metric letter
+    torchrun --nproc-per-node 8 -m himap_ref.studies evaluate ...    (the questions shared out over so many devices)
 
 One JSON line per question goes to --out at once; the same command started again goes on where it stopped, also with
-more questions or another --batch (in half precision that may change an answer: see precision.py). One that cannot be
-asked (a missing file, too long) is recorded with its error, counted apart, and asked again next time. Questions without
-a picture are asked as text, those without a right answer are not judged; both are counted.
+more questions, another --batch (in half precision that may change an answer: see precision.py) or another number of
+processes. One that cannot be asked (a missing file, too long) is recorded with its error, counted apart, and asked
+again next time. Questions without a picture are asked as text, those without a right answer are not judged; both are
+counted.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from ...errors import HimapError
 from ...flops import pass_flops
 from ...methods.schedules import Method, parse_method
 from ..common.asking import record_each
-from ..common.records import Records, load_recorded, results_path
+from ..common.records import load_recorded, results_path
 from ..questions.examples import Example
 from ..questions.scenes import GRID
 from ..questions.selection import add_question_arguments, load_examples
@@ -103,8 +105,7 @@ class Evaluation:
         if self.positions != "kept":
             settings["positions"] = self.positions
         path = results_path(out, method.name, settings)
-        with Records(path, settings) as records:
-            rows = record_each(self.examples, records, self.batch, ask, method.name)
+        rows = record_each(self.examples, path, settings, self.batch, ask, method.name)
         return {**self.summarize(method, rows), "file": str(path)}, rows
 
     def _row(self, example: Example, answer: Answer, batch: int, steps: int) -> dict:

@@ -33,7 +33,7 @@ from ...commands.report import markdown
 from ...errors import HimapError
 from ...methods.schedules import Method, parse_method
 from ..common.asking import record_each
-from ..common.records import Records, results_path
+from ..common.records import results_path
 from ..questions.examples import Example
 from .evaluate import Evaluation, add_arguments, answer
 from .metrics import cells, interval, paired
@@ -106,8 +106,9 @@ def measure(evaluation: Evaluation, method: Method, way: Way, out: Path) -> Rows
         return [row_of(evaluation, example, got) for example, got in zip(examples, answers, strict=True)]
 
     settings = {**evaluation.settings, **method.settings(), "threads": way.threads, "batch": way.batch}
-    with Records(results_path(out, f"{method.name} {way}", settings), settings) as records, threads(way.threads):
-        return record_each(evaluation.examples, records, way.batch, ask, f"{method.name}, {way}")
+    path = results_path(out, f"{method.name} {way}", settings)
+    with threads(way.threads):
+        return record_each(evaluation.examples, path, settings, way.batch, ask, f"{method.name}, {way}")
 
 
 def compare(mine: Rows, others: Rows) -> dict:

@@ -10,7 +10,9 @@ import argparse
 import json
 import os
 import re
+import shutil
 import stat
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,8 +30,8 @@ class Records:
     def __init__(self, path: Path, settings: dict):
         self.path = path
         self.rows: dict[str, dict] = {}
+        self.settings = settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists then
         self._held = FileLock(path.with_name(f".{path.name}.lock"))
-        settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists then
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             no_links = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
@@ -66,6 +68,19 @@ class Records:
             raise HimapError(f"{self.path}: {id!r} is there already")
         self._write(_line({"id": id, **row}))
         self.rows[id] = row
+
+    def take_in(self, folder: Path, order: Sequence[str]) -> dict[str, dict]:
+        """Moves the results of the files in `folder` into this one, in that order; returns all there are now."""
+        found: dict[str, dict] = {}
+        for path in sorted(folder.glob("*.jsonl")):
+            with Records(path, self.settings) as part:
+                found |= part.rows
+        places = {id: place for place, id in enumerate(order)}
+        for id in sorted(found, key=lambda id: places.get(id, len(places))):
+            self.add(id, found[id])
+        if folder.exists():  # what a kill before this leaves is the same results once more
+            shutil.rmtree(folder)
+        return self.rows
 
     def _lock(self) -> None:
         try:

@@ -48,7 +48,7 @@ from ...model import find_image_span
 from ..accuracy.metrics import wilson
 from ..common.asking import record_each
 from ..common.plots import check_picture, figure
-from ..common.records import Records, load_recorded, results_path
+from ..common.records import load_recorded, results_path
 from ..questions.selection import Example, add_question_arguments, load_examples
 
 KINDS = ("img2txt", "img2img", "random")
@@ -307,13 +307,13 @@ def main() -> None:
     blocks = blocks_of(args, model.config.text_config.num_hidden_layers)
     own = {name: getattr(args, name) for name in ("kinds", "readings", "layers", "keep_diagonal", "seed")}
     settings = {**weights, **data, **own, "max_new_tokens": args.max_new_tokens}
-    with Records(results_path(args.out, "disruption", settings), settings) as records:
 
-        def ask(group: list[Example], pictures: list) -> list[dict]:
-            return answer(model, group, pictures, blocks, args.seed, args.max_new_tokens)
+    def ask(group: list[Example], pictures: list) -> list[dict]:
+        return answer(model, group, pictures, blocks, args.seed, args.max_new_tokens)
 
-        rows = record_each(examples, records, args.batch, ask, "questions")
-        report(list(rows.values()), examples, blocks, args.plot)
+    path = results_path(args.out, "disruption", settings)
+    rows = record_each(examples, path, settings, args.batch, ask, "questions")
+    report(list(rows.values()), examples, blocks, args.plot)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from ...pruning import attention_map
 from ..accuracy.evaluate import peak_memory
 from ..common.asking import record_each
 from ..common.plots import check_picture, figure
-from ..common.records import Records, load_recorded, results_path
+from ..common.records import load_recorded, results_path
 from ..questions.selection import Example, add_question_arguments, load_examples
 
 GROUPS = ("system", "image", "text")
@@ -371,8 +371,8 @@ def main() -> None:
     model, settings = load_recorded(args)
     check_grid(model.config, "flow", "take a LLaVA-1.5")
     settings = {**settings, **asked, "label": args.label}
-    with Records(results_path(args.out, "flow", settings), settings) as records:
-        rows = record_each(examples, records, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")
+    path = results_path(args.out, "flow", settings)
+    rows = record_each(examples, path, settings, 1, lambda group, _: [measure(model, group[0], args.label)], "flow")
     show(args, model, examples, list(rows.values()))
 
 
