@@ -1,5 +1,5 @@
-"""Imports run one way: reading path <- door, methods and kernels <- assistant <- commands <- studies, demo, run.py;
-among the studies questions <- weights, common <- accuracy <- paper, speed."""
+"""Imports run one way: reading path <- door, methods, kernels, parallel <- assistant <- commands <- studies, demo,
+run.py; among the studies questions <- weights, common <- accuracy <- paper, speed."""
 
 import ast
 import re
@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 CORE = {"", "checkpoint", "methods", "kernels", "assistant", "commands"}
 QUESTIONS, WEIGHTS, COMMON, ACCURACY = (f"studies.{room}" for room in ("questions", "weights", "common", "accuracy"))
 MAY = {  # room: the rooms that it may import from, beside itself
-    "": set(), "checkpoint": {""}, "methods": {""}, "kernels": {""},
-    "assistant": {"", "checkpoint", "methods", "kernels"}, "commands": {"", "checkpoint", "methods", "assistant"},
+    "": set(), "checkpoint": {""}, "methods": {""}, "kernels": {""}, "parallel": {""},
+    "assistant": {"", "checkpoint", "methods", "kernels", "parallel"},
+    "commands": {"", "checkpoint", "methods", "assistant"},
     "demo": {"", "methods", "assistant", "commands"}, "studies": {"", "commands"},
     QUESTIONS: CORE, WEIGHTS: CORE | {QUESTIONS}, COMMON: CORE | {QUESTIONS}, ACCURACY: CORE | {QUESTIONS, COMMON},
     "studies.paper": CORE | {QUESTIONS, COMMON, ACCURACY}, "studies.speed": CORE | {WEIGHTS, COMMON, ACCURACY},

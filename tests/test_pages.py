@@ -33,7 +33,7 @@ def test_reading_path():
     assert sum(lines.values()) <= 970 and max(lines.values()) <= 220
     assert f"eleven files, {sum(lines.values())} lines" in README and len(lines) == 11
     assert sum(lines_of(ROOT / "himap_ref" / name) for name in BESIDE) <= 290
-    assert lines_of(ROOT / "himap_ref/checkpoint") <= 530 and len(README.splitlines()) <= 200
+    assert lines_of(ROOT / "himap_ref/checkpoint") <= 540 and len(README.splitlines()) <= 200
     loop = (ROOT / "himap_ref/decoder.py").read_text().split("for i, layer in enumerate(self.layers):")[1]
     assert len(loop.split("hidden, padded")[0].splitlines()) <= 45
     files = (ROOT / "himap_ref").rglob("[!_]*.py")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..anyres import most_image_tokens, num_image_tokens
 from ..cache import LayerCache
@@ -69,10 +70,12 @@ class Llava(LlavaModel):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         revision: str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> Llava:
         """From a folder, a hub id or a short name (`checkpoint.files.SHORT_NAMES`).
 
         Built on the meta device, strict; on the CPU and in the file's own dtype, tensors stay mapped from the file.
+        mesh: of processes that hold the decoder together, each a part (see `parallel`), and ask it the same.
         Raises HimapError that names the file or tensor at fault.
         """
         device, folder = find_device(device, dtype), find_folder(source, revision)
@@ -90,8 +93,13 @@ class Llava(LlavaModel):
         model.template = model.settings.get("template") or read_template(folder)[0] or model.template
         if "stages" in model.settings:
             model.himap = parse_stages(model.settings["stages"], trusted=False)
-        load_weights(model, folder, tensors, dtype, device)  # last, because it takes longest
-        single_rows(model.language_model)
+        if mesh:
+            from .. import parallel  # a second more, which one process does not need
+
+            parallel.split(model.language_model, mesh)
+        load_weights(model, folder, tensors, dtype, device, parallel.own_part if mesh else None)  # takes longest
+        if not mesh:
+            single_rows(model.language_model)
         return model.eval()
 
     def preprocess(self, image: Picture) -> Tensor:

@@ -2,12 +2,15 @@
 misshapen. Only safetensors are read, never pickles."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..config import LlavaConfig
 from ..errors import HimapError
@@ -93,8 +96,14 @@ def settle_head(config: LlavaConfig, found: Found) -> LlavaConfig:
     return replace(config, text_config=text)
 
 
-def load_weights(model: LlavaModel, folder: Path, found: Found, dtype: torch.dtype, device: torch.device) -> None:
-    """Fills `model`, built on the meta device. Tensors that need neither cast nor move stay mapped from the file."""
+def load_weights(
+    model: LlavaModel, folder: Path, found: Found, dtype: torch.dtype, device: torch.device,
+    read: Callable[[Any, Tensor, torch.device, torch.dtype], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Fills `model`, built on the meta device. Tensors that need neither cast nor move stay mapped from the file.
+
+    read: what a parameter takes of a stored tensor (safetensors' slice), if not all of it: `parallel.own_part`.
+    """
     config, expected, weights = model.config, model.state_dict(), {}
     for theirs, path, file in found:
         name, what = rename(theirs), f"{path}: tensor {theirs!r}"
@@ -113,7 +122,8 @@ def load_weights(model: LlavaModel, folder: Path, found: Found, dtype: torch.dty
         if header.get_shape() != shape:
             empty = " (left empty by DeepSpeed ZeRO-3: see its zero_to_fp32.py)" if header.get_shape() == [0] else ""
             raise HimapError(f"{what} has shape {header.get_shape()}, config.json asks for {shape}{empty}")
-        weights[name] = file.get_tensor(theirs).to(device, dtype)
+        take = partial(read, header, expected[name]) if read else file.get_tensor(theirs).to
+        weights[name] = take(device, dtype)
     for part, where in APART.items():
         if not any(name.startswith(f"{part}.") for name in weights):
             raise HimapError(f"{folder}: no {part} in it: {where}: use a folder that holds all, such as llava-hf's")

@@ -34,6 +34,7 @@ from .known import note_on
 from .manners import run_command, tell
 from .options import EMBEDDED, add_model_arguments, is_embedded, load_model, note_roles, revision_of
 from .picture import DRAWN, draw_kept
+from .ranks import from_first
 
 EXAMPLE = (EMBEDDED / "example.png", "What color is the star?")
 ROUNDS = 5  # of --compare, after one that is not counted
@@ -74,7 +75,7 @@ def what_to_ask(args: argparse.Namespace) -> tuple[list[str | Path], str | None]
             prompt = EXAMPLE[1]
         elif sys.stdin is not None and sys.stdin.isatty():
             print("question: ", end="", file=sys.stderr, flush=True)
-            prompt = sys.stdin.readline().strip()
+            prompt = from_first(sys.stdin.readline).strip()
         else:
             raise HimapError("--prompt QUESTION is missing: what is to be asked?")
     return ([EXAMPLE[0]] if images is None else [] if images == ["none"] else images), prompt
@@ -141,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     images = [load_image(name) for name in names]
     check_outputs(args, images)
     start = time.perf_counter()
-    model, folder = load_model(args)
+    model, folder = load_model(args, together=True)
     loading = {"load": time.perf_counter() - start}
     if args.show or args.report:
         check_grid(model.config, *DRAWN)

@@ -14,6 +14,7 @@ from ..errors import HimapError
 from .known import note_on
 from .manners import tell
 from .options import note_roles
+from .ranks import from_first
 from .report import amount
 
 
@@ -23,7 +24,7 @@ def questions(first: str | None) -> Iterator[str]:
         yield first
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = from_first(sys.stdin.readline)
         if not line:
             print(file=sys.stderr)
             return

@@ -46,15 +46,19 @@ def is_embedded(weights: str | Path) -> bool:
     return os.path.realpath(weights) == os.path.realpath(EMBEDDED)
 
 
-def load_model(args: argparse.Namespace) -> tuple[Llava, Path]:
-    """The model that `add_model_arguments` (or arguments of the same names) ask for, and its folder."""
+def load_model(args: argparse.Namespace, together: bool = False) -> tuple[Llava, Path]:
+    """The model that `add_model_arguments` (or arguments of the same names) ask for, and its folder.
+
+    together: torchrun's processes hold one model, each a part of it, rather than one each.
+    """
     template = TEMPLATES.get(args.template, args.template)
     if template is not None:
         split(template)
     dtype = getattr(torch, args.dtype or ("float32" if is_embedded(args.weights) else "bfloat16"))
     device = find_device(ranks.own_device(args.device), dtype)  # as `split`: before gigabytes are downloaded
     folder = find_folder(args.weights, args.revision)
-    model = Llava.from_pretrained(folder, dtype, device)
+    mesh = ranks.mesh(device) if together else None
+    model = Llava.from_pretrained(folder, dtype, device, mesh=mesh)
     if args.pad and model.config.image_grid_pinpoints:
         raise HimapError("--pad: LLaVA-NeXT looks at whole pictures as it is: leave it out")
     if args.pad:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import HimapError
 
@@ -81,6 +82,17 @@ def _join() -> None:
 
 def _end(*_: object) -> NoReturn:
     raise Ended
+
+
+def mesh(device: torch.device) -> DeviceMesh | None:
+    """All processes, to hold one model together; None for one alone. Raises HimapError for a device that cannot."""
+    if size() == 1:
+        return None
+    if device.type not in ("cuda", "cpu"):
+        raise HimapError(f"--device {device.type}: {size()} processes can share a model on cuda or cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return init_device_mesh(device.type, (size(),))
 
 
 def from_first(make: Callable[[], Any]) -> Any:
