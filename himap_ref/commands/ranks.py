@@ -75,6 +75,7 @@ def joined() -> Iterator[None]:
 def _join() -> None:
     try:  # days: one may wait for another's whole share, and torchrun notices by itself if one has died
         dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()  # nobody ends before all have met
     except RuntimeError as error:
         raise HimapError(f"the {size()} processes cannot reach each other ({error})") from None
     signal.signal(signal.SIGTERM, _end)  # only now: joining cannot be interrupted

@@ -183,7 +183,7 @@ def test_no_shared_folder(share, tmp_path):
     """Machines that each write into a folder of their own: results that are there and missing."""
     before = "os.chdir(os.environ.setdefault('HERE', job['folder'])); os.mkdir(str(rank)); os.chdir(str(rank))"
     statuses, _, errors, _ = share(2, "a.jsonl", before=before)
-    assert statuses[1] == 2 and "recorded by another machine: --out must be where all write" in "".join(errors)
+    assert statuses == [2, 2] and "recorded by another machine: --out must be where all write" in "".join(errors)
 
 
 FEW = ("--scenes", 2, "--batch", 4)

@@ -93,7 +93,7 @@ def record_each(
                 own.add(example.key, row)
                 progress.update(min(number, len(examples) - progress.n))  # the others are about as far
         rows = all_rows()
-    if lost := [key for key in own.rows if key not in rows]:
+    if lost := [key for key in order if key not in rows]:
         raise HimapError(
             f"{path}: lacks {lost[0]!r}, recorded by another machine: --out must be where all write"
         )
