@@ -51,7 +51,7 @@ exec(job["before"])
 def forks() -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", FORKS], stdin=-1, stdout=-1, text=True, env=env, cwd=ROOT)
-    atexit.register(process.stdin.close)
+    atexit.register(process.communicate)  # closes its input, which ends it
     return process
 
 
