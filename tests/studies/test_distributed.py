@@ -15,9 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launch import ROOT, TORCHRUN, launch
 from toys import noise, write_small_model
 
+from himap_ref import HimapError
+from himap_ref.commands import ranks
+from himap_ref.commands.options import EMBEDDED
 from himap_ref.commands.ranks import LOST
 from himap_ref.studies.accuracy import bias, blind, precision, recall, sweep
 from himap_ref.studies.common.records import Records
@@ -185,12 +189,23 @@ def test_no_shared_folder(share, tmp_path):
     assert statuses == [2, 2] and "recorded by another machine: --out must be where all write" in "".join(errors)
 
 
+def test_own_device(monkeypatch):
+    """Every process on the first GPU; one alone, or one that was sent elsewhere, on a GPU that it did not ask for."""
+    assert ranks.own_device("cuda") == "cuda"
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert [ranks.own_device(name) for name in ("cuda", "cuda:0", "cpu", "mps")] == ["cuda:1", "cuda:0", "cpu", "mps"]
+    with pytest.raises(HimapError, match="--device mps: 4 processes can share a model on cuda or cpu"):
+        ranks.mesh(torch.device("mps"))
+
+
 FEW = ("--scenes", 1, "--batch", 2)
 STUDIES = {  # and what says that a run of several processes is a run of one
     sweep: (*FEW, "--methods", "himap", "random7"),
     **({
-        recall: FEW, bias: FEW, blind: ("--scenes", 2, "--others", 20), precision: (*FEW, "--dtype", "bfloat16"),
-        disruption: (*FEW, "--kinds", "img2txt", "--layers", 1), flow: ("--scenes", 1),
+        recall: ("--weights", EMBEDDED, *FEW), bias: (*FEW, "--schedule", "1:0.5,2:0.5"), flow: ("--scenes", 1),
+        blind: ("--scenes", 2, "--others", 20), disruption: (*FEW, "--kinds", "img2txt", "--layers", 1),
+        precision: (*FEW, "--methods", "himap", "--dtype", "bfloat16"),
     } if KILLS else {}),
 }  # fmt: skip
 
