@@ -95,7 +95,7 @@ class SplitDecoder(LlamaDecoder):
         return part.full_tensor()
 
     def forward(
-        self, inputs_embeds: Tensor, image_span: tuple[int, int] | None = None, stages: Stages = (), *rest: Any,
+        self, inputs_embeds: Tensor, image_span: tuple[int, ...] | None = None, stages: Stages = (), *rest: Any,
         **more: Any,
     ) -> DecoderOutput:  # fmt: skip
         each = stages_by_layer(stages, len(self.layers)).values()
