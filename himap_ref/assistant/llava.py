@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..anyres import most_image_tokens, num_image_tokens
 from ..cache import LayerCache
@@ -34,6 +33,9 @@ from .chat_template import read_template
 from .device import find_device
 from .picture import Picture, load_image
 from .text import Stream, text_of
+
+if TYPE_CHECKING:  # which a torch without its distributed engine lacks
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)

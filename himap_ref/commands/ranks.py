@@ -10,13 +10,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import HimapError
+
+if TYPE_CHECKING:  # which a torch without its distributed engine lacks
+    from torch.distributed.device_mesh import DeviceMesh
 
 LOST = ("another process of this run has ended: run the same command again (a study goes on from what it has recorded, "
         "with any number of processes)")  # fmt: skip
@@ -93,6 +95,8 @@ def mesh(device: torch.device) -> DeviceMesh | None:
         raise HimapError(f"--device {device.type}: {size()} processes can share a model on cuda or cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(device.type, (size(),))
 
 

@@ -123,7 +123,7 @@ def test_asked_together(shapes, pictures):
     for one, other in zip(both, alone, strict=True):
         assert one.token_ids == other.token_ids and one.flops == other.flops and one.image_span == (11, 155, 156, 300)
         assert [s.kept.tolist() for s in one.trace.stages] == [s.kept.tolist() for s in other.trace.stages]
-        assert [len(stage.kept) for stage in one.trace.stages] == [216, 54] and max(one.trace.stages[0].kept) > 143
+        assert [len(stage.kept) for stage in one.trace.stages] == [144, 36] and max(one.trace.stages[0].kept) > 143
     assert alone[0].prompt_ids != alone[1].prompt_ids and not torch.equal(alone[0].first_logits, alone[1].first_logits)
     flops, _ = counted(lambda: shapes.generate(pictures, QUESTION, "himap", 3))
     assert flops == alone[0].flops.total and alone[0].flops.vision == 2 * vision_flops(shapes.config)

@@ -15,7 +15,7 @@ from himap_ref.anyres import best_size, most_image_tokens, num_image_tokens
 from himap_ref.checkpoint.config import PINPOINTS, read_config
 from himap_ref.config import VICUNA_7B, VIT_L_14_336
 
-from .tiny import LAYOUTS, PATCH, edit_config, make_processor, randomised
+from .tiny import PATCH, edit_config, make_processor, randomised, renamed
 
 transformers = pytest.importorskip("transformers")
 select_best_resolution = pytest.importorskip("transformers.image_processing_utils").select_best_resolution
@@ -79,7 +79,7 @@ def build(folder: Path, text: str, layout: str = "as saved", pinpoints: list | N
     if layout != "as saved":
         (folder / "model.safetensors").unlink()
         prefix = "" if layout == "hub" else "model."
-        tensors = LAYOUTS[layout](model) | {f"{prefix}image_newline": model.model.image_newline.data}
+        tensors = renamed(model, layout) | {f"{prefix}image_newline": model.model.image_newline.data}
         save_file(tensors, folder / "model.safetensors")
     if layout == "hub":
         edit_config(folder, as_on_the_hub)
