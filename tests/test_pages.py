@@ -63,3 +63,13 @@ def test_own_criterion():
     stages = [Stage(2, 40, scope["peak_text_to_image"])]
     answer = model.generate(ROOT / "weights/shapes/example.png", "What color is the star?", stages)
     assert answer.trace.stages[0].score == "peak_text_to_image" and len(answer.trace.stages[0].kept) == 40
+
+
+def test_figures_of_the_readme():
+    """A figure in the README that RESULTS, the model card or the page about FLOPs does not have."""
+    measured = README.split("## What is measured")[1].split("- **Trust**")[0]
+    pages = ("RESULTS.md", "weights/shapes/README.md", "docs/flops.md")
+    known = " ".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+    figures = re.findall(r"(?<![\w.#/-])\d[\d,.]*\d(?![\w/])", re.sub(r"\]\(.*?\)", "", measured))
+    rounded = {"0.28": "0.284", "0.34": "0.335", "62": "62.2%", "65": "65.1%"}
+    assert len(figures) > 12 and [x for x in figures if rounded.get(x, x) not in known] == []
