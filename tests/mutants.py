@@ -25,7 +25,10 @@ EXPLAINED = {
     "float reads any case": ('float("INF")', 'float("-INF")'),
     "torch's generator on the CPU looks at the lowest 32 bits": ("(1000 * seed + N) % 2**64",),
     "slice(0, n)": ("slice(image.stop, n), slice(n)", "slice(image.stop, n), slice(0, None)"),
-    "zeros of the same shape": ("zeros_like(view.hidden[:, view.image, 1])",),
+    "zeros of the same shape": ("zeros_like(view.hidden[:, view.image, 1])", "zeros_like(positions[:, 1])"),
+    "keys and values have one shape": ("room[1][:, m : m + n].shape == k.shape",),
+    "no image tokens, nothing to fill": ("words[:1] if image_embeds is None",),
+    "any factor from one pivot on keeps ties apart": ("place * 3 * pivots",),
     "the last of two dimensions": (" scores.sort(dim=+1,", "order[:, :count].sort(dim=+1)", "logits.argmax(dim=+1)"),
     "as many by construction": tuple(f"zip({both}, {strict})" for strict in ("", "strict=False", "strict=None")
                                      for both in ("answers, cut", "layers, stages")),

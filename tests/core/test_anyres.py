@@ -58,6 +58,17 @@ def test_unpadded(image, rows, columns):
     assert unpadded(image, (48, 48)) == (slice(*rows), slice(*columns))
 
 
+def test_resample():
+    """The whole picture, or what is cut into tiles, scaled in Pillow's way and not in the model's."""
+    picture, nearest = noise(50, 20), Image.Resampling.NEAREST
+    processor = AnyresProcessor(28, crop_size=(28, 28), resample=nearest, image_grid_pinpoints=SMALL)
+    whole, left, right = processor.looks(picture)
+    fitted = Image.new("RGB", (56, 28))
+    fitted.paste(picture.resize((56, 23), nearest), (0, 2))
+    assert whole == picture.resize((28, 28), nearest)
+    assert (left, right) == (fitted.crop((0, 0, 28, 28)), fitted.crop((28, 0, 56, 28)))
+
+
 def test_order():
     """Tiles put one behind the other instead of side by side; a newline before its row, or one in all; the second
     picture made of the first one's tiles."""
