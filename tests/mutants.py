@@ -32,6 +32,8 @@ EXPLAINED = {
     "the last of two dimensions": (" scores.sort(dim=+1,", "order[:, :count].sort(dim=+1)", "logits.argmax(dim=+1)"),
     "as many by construction": tuple(f"zip({both}, {strict})" for strict in ("", "strict=False", "strict=None")
                                      for both in ("answers, cut", "layers, stages")),
+    "as many pieces as prompts": ("zip(prompts, images, )", "zip(prompts, images, strict=False)"),
+    "looks are squares": ("(self.crop_size or self.size or (0, 0))[1]",),
     "no picture, no stages: not looked at": tuple(f"return slice({of})" for of in ("n, None", "None, n", "n, ", "n")),
     "None is as false as False": ("config.vocab_size, bias=None)", "from_pretrained(vocabulary, freeze=None)"),
     "shows on a GPU only": ("torch.cat(picks).to(None)",),

@@ -1,5 +1,6 @@
 """Generation: with and without cache, sampling, and where answers end."""
 
+from inspect import signature
 from itertools import count
 
 import pytest
@@ -8,12 +9,20 @@ from torch.testing import assert_close
 
 import himap_ref.cache
 import himap_ref.generation
-from himap_ref import Stage, image_to_image, text_to_image
+from himap_ref import Llava, Stage, image_to_image, text_to_image
+from himap_ref.commands.ask import parse_args
 from himap_ref.generation import clock, generate
 from himap_ref.sampling import Sampling, choose, probabilities
 
 STAGES = Stage(1, 7, text_to_image), Stage(3, 3, image_to_image)
 SPAN = (4, 16)
+
+
+def test_defaults(monkeypatch):
+    """Answers of another length from the decoder, the assistant and the command."""
+    monkeypatch.setattr("sys.argv", ["himap"])
+    limits = [signature(ask).parameters["max_new_tokens"].default for ask in (generate, Llava.generate)]
+    assert [*limits, parse_args().max_new_tokens] == [128] * 3
 
 
 def test_cached_is_uncached(tiny_decoder, embeddings):
