@@ -69,7 +69,7 @@ def encode_prompt(
         raise HimapError(f"the tokenizer has no added token {image_token} (image_token_index): add <image> to it")
     if turn is not None:
         del tokens[: len(tokenizer.encode("x", add_special_tokens=False).ids)]
-    while tokens[:1] == tokens[1:2] and tokens[0][0] in added:  # BOS by the template and by the tokenizer
+    while tokens[:1] == tokens[1:2] and tokens[0][0] in {*added} - {image_token}:  # BOS by template and tokenizer
         del tokens[0]
     expanded, numbers = list[int](), iter(counts)
     for id, by_user in tokens:

@@ -92,14 +92,14 @@ def check_outputs(args: argparse.Namespace, images: Sequence[Image.Image]) -> No
             raise HimapError(f"{name} {file}: needs a picture to draw on, and a {kind} file in a folder that exists")
 
 
-def find_method(args: argparse.Namespace, model: Llava) -> Method:
+def find_method(args: argparse.Namespace, model: Llava, pictures: int) -> Method:
     if args.stages is None:
         name = "himap" if args.method is None else args.method
         return parse_method(f"random{args.seed}" if name == "random" else name, model)
     if args.method is not None:
         raise HimapError("--stages goes in place of --method: give one of them")
     method = Method("stages", parse_stages(args.stages))
-    method.tokens_per_layer(model.config)  # raises what does not fit
+    method.tokens_per_layer(model.config, max(pictures, 1))  # raises what does not fit
     return method
 
 
@@ -146,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
     loading = {"load": time.perf_counter() - start}
     if args.show or args.report:
         check_grid(model.config, *DRAWN)
-    method = find_method(args, model)
+    method = find_method(args, model, len(images))
     tell_of_input(args, model, method, images, names, prompt)
     generate: Callable[..., Any] = partial(  # one answer to one question
         model.generate, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,

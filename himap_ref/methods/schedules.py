@@ -62,9 +62,10 @@ class Method:
         stages = [[stage.layer, stage.keep, stage.name, _source(stage.score)] for stage in self.stages]
         return {"method": self.name, "stages": stages, "reducer": repr(self.reducer) if self.reducer else None}
 
-    def tokens_per_layer(self, config: LlavaConfig) -> list[int]:
+    def tokens_per_layer(self, config: LlavaConfig, pictures: int = 1) -> list[int]:
         """Image tokens in each layer, as papers count; raises HimapError if the stages do not fit the model."""
-        return tokens_per_layer(self.stages, self.num_image_tokens(config), config.text_config.num_hidden_layers)
+        N = pictures * self.num_image_tokens(config)
+        return tokens_per_layer(self.stages, N, config.text_config.num_hidden_layers)
 
 
 FASTV = (Stage(2, 0.5, last_to_image),)

@@ -5,7 +5,8 @@ channels, the one by rows after it adds up everybody's share, so between them al
 The layer loop runs in each of them as it stands, over fewer heads. The encoder is small and whole everywhere.
 
 A ranking is over *all* heads: queries, keys and values of the ranked layer are gathered first. So every score function
-sees what it sees on one device, the same numbers in every process, and all keep the same tokens."""
+sees what it sees on one device, and the first process's scores count, so that all keep the same tokens even by a score
+that draws lots."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import broadcast
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -74,7 +76,9 @@ class SplitStage(Stage):
 
     def evaluate(self, view: LayerView) -> Tensor:
         view.q, view.k, view.v = (gathered(t, 2, self.mesh) for t in (view.q, view.k, view.v))
-        return super().evaluate(view)
+        scores = super().evaluate(view).clone(memory_format=torch.contiguous_format)
+        broadcast(scores, int(self.mesh.mesh[0]), self.mesh.get_group())
+        return scores
 
 
 def gathered(part: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:

@@ -83,7 +83,7 @@ def test_what_is_left_out(run, given):
 
 
 def test_several_pictures(run, tmp_path):
-    """The last picture asked about alone, or tokens counted of one of them."""
+    """The last picture asked about alone, or tokens counted of one of them, or a stage's count held against one's."""
     noise(90, 90).save(tmp_path / "other.png")
     asked = ("--image", PICTURE, tmp_path / "other.png", "--prompt", "What color is the star?", "--max-new-tokens", 2)
     status, out, err = run(*asked, "--json")
@@ -95,6 +95,7 @@ def test_several_pictures(run, tmp_path):
     assert data["flops"]["vision"] == 2 * alone["flops"]["vision"]
     err = run(*asked, "--method", "cls:20")[2]
     assert "method    cls:20: 40 image tokens, made of the pictures' 288" in err
+    assert "288 -> 200;" in run(*asked, "--stages", "2:200:text_to_image")[2]  # more than one picture has
 
 
 def test_next(run, tmp_path):

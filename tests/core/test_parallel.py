@@ -67,6 +67,9 @@ def asked(model, every):
     ask("turn", None, QUESTIONS[1:2], past=told["ragged"][2].past)
     return told
 
+def lots(view):  # drawn otherwise by each process
+    return torch.rand(view.positions[:, view.image].shape, generator=torch.Generator().manual_seed(ranks.rank()))
+
 with ranks.joined():
     real, result = parallel.own_part, {}
     parallel.own_part = lambda stored, *rest: real(Stored(stored), *rest)
@@ -75,11 +78,12 @@ with ranks.joined():
         mesh = init_device_mesh("cpu", (ranks.size(),))
         part = Llava.from_pretrained(f"FOLDER/{name}", mesh=mesh)
         own = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in part.parameters())
+        drawn = part.generate("PICTURE", "Where?", (Stage(1, 5, lots),), 1).trace.stages[0].kept.tolist()
         every = EVERY or (ranks.size(), name) == (2, "plain")
         whole, part = (asked(model, every) for model in (Llava.from_pretrained(f"FOLDER/{name}"), part))
         wrong = {what: told for what in whole if (told := list(differences(whole[what], part[what])))}
         ids = {what: [answer.token_ids for answer in answers] for what, answers in part.items()}
-        result[name] = {"read": Stored.read, "own": own, "wrong": wrong, "ids": ids}
+        result[name] = {"read": Stored.read, "own": own, "wrong": wrong, "ids": ids, "drawn": drawn}
     with open(f"RESULT{ranks.rank()}", "w") as file:
         json.dump(result, file)
 """
@@ -104,7 +108,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("number", [2, 4])
 def test_as_one(folder, tmp_path, number):
     """A ranking by this process's heads alone, heads beside others' keys, a sum of partial results left out or taken
-    twice, a slice of another process, a FLOP count of one process, a token of its own in each."""
+    twice, a slice of another process, a FLOP count of one process, a token or a choice of its own in each."""
     places = {"TESTS": ROOT / "tests", "FOLDER": folder, "PICTURE": folder / "a.png", "RESULT": tmp_path / "result"}
     variants = [*VARIANTS] if EVERY or number == 2 else ["plain"]
     constants = f"VARIANTS, QUESTIONS, EVERY = {variants}, {QUESTIONS}, {EVERY}\n"
@@ -115,6 +119,7 @@ def test_as_one(folder, tmp_path, number):
     for name in variants:
         each = [result[name] for result in results]
         assert [result["wrong"] for result in each] == [{}] * number
+        assert all(result["drawn"] == each[0]["drawn"] for result in each)
         assert all(result["ids"] == each[0]["ids"] for result in each) and any(each[0]["ids"]["ragged"])
         decoder = random_llava(read_config(config_of(VARIANTS[name]))).language_model
         parts = [

@@ -1,13 +1,15 @@
 """Several pictures in one prompt: in the decoder their tokens are moved together, and nothing may change."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
 from test_flops import counted
 from test_pruning import SCHEDULES, image_tokens, slow_decoder
+from tokenizers import Tokenizer
 from torch.testing import assert_close
-from toys import noise
+from toys import make_tokenizer, noise
 
 from himap_ref import HimapError, Stage, image_to_image, text_to_image
 from himap_ref.cache import LayerCache
@@ -16,6 +18,7 @@ from himap_ref.generation import generate
 from himap_ref.methods.plan import plan_prefill
 from himap_ref.methods.reducers import ClsAttention
 from himap_ref.methods.scores import SCORES, image_to_image_relative
+from himap_ref.prompt import encode_prompt
 from himap_ref.pruning import LayerView
 from himap_ref.studies.questions.drawing import draw
 from himap_ref.studies.questions.scenes import UNSEEN, make_scene
@@ -129,6 +132,15 @@ def test_asked_together(shapes, pictures):
     assert flops == alone[0].flops.total and alone[0].flops.vision == 2 * vision_flops(shapes.config)
     single = shapes.generate([pictures[0]], QUESTION, "himap", 3)
     assert single.flops == shapes.generate(pictures[0], QUESTION, "himap", 3).flops  # a list of one is one
+
+
+def test_first_of_all():
+    """Two pictures at the very start taken for a template's and a tokenizer's BOS, one of them too many."""
+    tokenizer = Tokenizer.from_str(
+        json.dumps(json.loads(make_tokenizer("byte-level").to_str()) | {"post_processor": None})
+    )
+    image = tokenizer.token_to_id("<image>")  # and no BOS before it
+    assert encode_prompt(tokenizer, "Why?", "<image>{question}", image, (2, 3)).count(image) == 5
 
 
 def test_embed(shapes):
